@@ -1,0 +1,285 @@
+// The Python module vllm_efa_ep._core: thin, and free of torch. Tensors arrive as addresses; the package
+// checks shapes and dtypes before it passes one. Calls that wait or copy release the interpreter lock.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+
+#include "cpu/device.h"
+#include "errors.h"
+#include "fabric/libfabric_fabric.h"
+#include "memory/arena.h"
+#include "protocol/layout.h"
+#include "proxy/proxy.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace efa_ep;
+
+namespace {
+
+using ReleaseLock = nb::call_guard<nb::gil_scoped_release>;
+
+std::chrono::nanoseconds seconds(double value) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(value));
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+nb::object python_error(const char* name) { return nb::module_::import_("vllm_efa_ep.errors").attr(name); }
+
+void raise(const char* name, const std::exception& error) {
+  PyErr_SetString(python_error(name).ptr(), error.what());
+}
+
+void raise(nb::object instance) {
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())), instance.ptr());
+}
+
+// Most derived first: every class of errors.h becomes the class of the same name in vllm_efa_ep.errors.
+void translate(const std::exception_ptr& pointer, void*) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const ConfigurationError& error) {
+    raise("ConfigurationError", error);
+  } catch (const FabricUnavailableError& error) {
+    raise("FabricUnavailableError", error);
+  } catch (const TransportError& error) {
+    raise(python_error("TransportError")(error.what(), error.peer));
+  } catch (const RankTimeoutError& error) {
+    raise(python_error("RankTimeoutError")(error.what(), error.half, error.round,
+                                           nb::tuple(nb::cast(error.missing))));
+  } catch (const ProtocolError& error) {
+    raise("ProtocolError", error);
+  }
+}
+
+using Counters = nb::typed<nb::dict, std::string, uint64_t>;
+using Seconds = nb::typed<nb::dict, std::string, double>;
+
+nb::typed<nb::dict, std::string, nb::any> describe(const FabricDescription& description) {
+  nb::dict result;
+  result["library"] = description.library;
+  result["provider"] = description.provider;
+  result["fabric"] = description.fabric;
+  result["nics"] = description.nics;
+  return result;
+}
+
+Counters counters_of(const Proxy& proxy) {
+  const ProxyCounters counters = proxy.counters();
+  nb::dict result;
+  result["writes"] = counters.writes;
+  result["bytes_written"] = counters.bytes;
+  result["completions"] = counters.completions;
+  result["immediates"] = counters.immediates;
+  result["retries"] = counters.retries;
+  result["window_waits"] = counters.waits;
+  return result;
+}
+
+Counters counters_of(const CpuDevice& device) {
+  const DeviceCounters counters = device.counters();
+  nb::dict result;
+  result["rounds"] = counters.rounds;
+  result["tokens"] = counters.tokens;
+  result["received_rows"] = counters.received_rows;
+  result["network_rows"] = counters.network_rows;
+  result["peer_rows"] = counters.peer_rows;
+  return result;
+}
+
+Seconds seconds_by_half(const std::array<uint64_t, 4>& nanoseconds) {
+  nb::dict result;
+  for (size_t half = 0; half < kHalfNames.size(); ++half) {
+    result[kHalfNames[half]] = static_cast<double>(nanoseconds[half]) * 1e-9;
+  }
+  return result;
+}
+
+void bind_protocol(nb::module_& m) {
+  m.def("limits", []() -> Counters {
+    nb::dict result;
+    result["ranks"] = kMaxRanks;
+    result["nodes"] = kMaxNodes;
+    result["experts"] = kMaxExperts;
+    result["top_k"] = kMaxTopK;
+    result["tokens_per_rank"] = kMaxTokensPerRank;
+    result["channels"] = kMaxChannels;
+    return result;
+  });
+  nb::class_<Layout>(m, "Layout")
+      .def(
+          "__init__",
+          [](Layout* self, uint32_t world, uint32_t ranks_per_node, uint32_t top_k, uint32_t payload_bytes,
+             uint32_t scale_bytes, uint32_t combine_bytes, uint32_t max_tokens, uint32_t channels) {
+            new (self) Layout{.topology = {world, ranks_per_node},
+                              .row = {top_k, payload_bytes, scale_bytes, combine_bytes},
+                              .max_tokens = max_tokens,
+                              .channels = channels};
+          },
+          nb::kw_only(), "world"_a, "ranks_per_node"_a, "top_k"_a, "payload_bytes"_a, "scale_bytes"_a,
+          "combine_bytes"_a, "max_tokens"_a, "channels"_a)
+      .def_prop_ro("total_bytes", &Layout::total_bytes)
+      .def_prop_ro("dispatch_row_bytes", &Layout::dispatch_row)
+      .def_prop_ro("combine_row_bytes", &Layout::combine_row)
+      .def_ro("channels", &Layout::channels)
+      .def("sections", [](const Layout& layout) -> Counters {
+        nb::dict result;
+        for (uint32_t s = 0; s < kSections; ++s) {
+          result[std::string(kSectionNames[s]).c_str()] = layout.padded_bytes(static_cast<Section>(s));
+        }
+        return result;
+      });
+}
+
+void bind_memory(nb::module_& m) {
+  nb::class_<Arena>(m, "Arena")
+      .def_static("create", &Arena::create, "bytes"_a)
+      .def_static("map", &Arena::map, "descriptor"_a, "bytes"_a)
+      .def_static("allocated_bytes", &Arena::allocated_bytes, "bytes"_a)
+      .def_prop_ro("bytes", &Arena::bytes)
+      .def_prop_ro("descriptor", &Arena::descriptor)
+      .def_prop_ro("huge_pages", &Arena::huge_pages);
+}
+
+void bind_fabric(nb::module_& m) {
+  nb::class_<Fabric>(m, "Fabric")
+      .def("description", [](const Fabric& fabric) { return describe(fabric.description()); })
+      .def(
+          "register_memory",
+          [](Fabric& fabric, const Arena& arena) { fabric.register_memory(arena.data(), arena.bytes()); },
+          "arena"_a, nb::keep_alive<1, 2>())
+      .def("address",
+           [](const Fabric& fabric) {
+             const std::vector<std::byte> bytes = fabric.address();
+             return nb::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+           })
+      .def(
+          "connect",
+          [](Fabric& fabric, uint32_t peer, const nb::bytes& address) {
+            fabric.connect(peer, {reinterpret_cast<const std::byte*>(address.c_str()), address.size()});
+          },
+          "peer"_a, "address"_a);
+  nb::class_<LibfabricFabric, Fabric>(m, "LibfabricFabric")
+      .def(
+          "__init__",
+          [](LibfabricFabric* self, std::string provider, std::string library, std::string interface,
+             uint32_t nics, uint32_t rank_on_host, uint32_t ranks_on_host, uint32_t peers) {
+            new (self) LibfabricFabric(LibfabricOptions{.provider = std::move(provider),
+                                                        .library = std::move(library),
+                                                        .interface = std::move(interface),
+                                                        .nics = nics,
+                                                        .local_rank = rank_on_host,
+                                                        .ranks_on_host = ranks_on_host,
+                                                        .peers = peers});
+          },
+          nb::kw_only(), "provider"_a, "library"_a, "interface"_a, "nics"_a, "rank_on_host"_a,
+          "ranks_on_host"_a, "peers"_a);
+}
+
+void bind_proxy(nb::module_& m) {
+  nb::class_<Proxy>(m, "Proxy")
+      .def(
+          "__init__",
+          [](Proxy* self, Fabric& fabric, const Arena& arena, const Layout& layout, uint32_t rank,
+             uint64_t chunk_bytes, uint32_t ring_commands, double timeout_s) {
+            new (self) Proxy(fabric, arena.data(),
+                             {.layout = layout,
+                              .rank = rank,
+                              .chunk_bytes = chunk_bytes,
+                              .ring_commands = ring_commands,
+                              .timeout = seconds(timeout_s)});
+          },
+          nb::kw_only(), "fabric"_a, "arena"_a, "layout"_a, "rank"_a, "chunk_bytes"_a, "ring_commands"_a,
+          "timeout_s"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def("counters", [](const Proxy& proxy) { return counters_of(proxy); })
+      .def(
+          "drain", [](Proxy& proxy, double timeout_s) { proxy.drain(seconds(timeout_s)); }, "timeout_s"_a,
+          ReleaseLock());
+}
+
+void bind_device(nb::module_& m) {
+  nb::enum_<ScalarType>(m, "ScalarType")
+      .value("bfloat16", ScalarType::kBfloat16)
+      .value("float16", ScalarType::kFloat16)
+      .value("float32", ScalarType::kFloat32);
+  nb::class_<CpuDevice>(m, "CpuDevice")
+      .def(
+          "__init__",
+          [](CpuDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
+             ScalarType combine_type, bool per_expert, double timeout_s,
+             const std::vector<const Arena*>& arenas, Proxy* proxy) {
+            std::vector<std::byte*> bases;
+            for (const Arena* arena : arenas) bases.push_back(arena->data());
+            new (self) CpuDevice({.layout = layout,
+                                  .rank = rank,
+                                  .expert_owner = std::move(expert_owner),
+                                  .combine_type = combine_type,
+                                  .per_expert = per_expert,
+                                  .timeout = seconds(timeout_s)},
+                                 std::move(bases), proxy);
+          },
+          nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
+          "timeout_s"_a, "arenas"_a, "proxy"_a.none(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
+      .def(
+          "dispatch_send",
+          [](CpuDevice& device, uint32_t channel, uintptr_t x, uintptr_t scales, uintptr_t ids,
+             bool ids_are_64_bit, uintptr_t weights, uint32_t tokens) {
+            device.dispatch_send(channel, {.x = pointer<const std::byte>(x),
+                                           .scales = pointer<const std::byte>(scales),
+                                           .ids = pointer<const void>(ids),
+                                           .ids_are_64_bit = ids_are_64_bit,
+                                           .weights = pointer<const float>(weights),
+                                           .tokens = tokens});
+          },
+          "channel"_a, "x"_a, "scales"_a, "ids"_a, "ids_are_64_bit"_a, "weights"_a, "tokens"_a, ReleaseLock())
+      .def("dispatch_wait", &CpuDevice::dispatch_wait, "channel"_a, ReleaseLock())
+      .def(
+          "dispatch_pack",
+          [](CpuDevice& device, uint32_t channel, uintptr_t x, uintptr_t scales, uintptr_t ids,
+             uintptr_t weights, uintptr_t tokens_per_expert) {
+            device.dispatch_pack(channel, {.x = pointer<std::byte>(x),
+                                           .scales = pointer<std::byte>(scales),
+                                           .ids = pointer<int32_t>(ids),
+                                           .weights = pointer<float>(weights),
+                                           .tokens_per_expert = pointer<int32_t>(tokens_per_expert)});
+          },
+          "channel"_a, "x"_a, "scales"_a, "ids"_a, "weights"_a, "tokens_per_expert"_a, ReleaseLock())
+      .def(
+          "combine_send",
+          [](CpuDevice& device, uint32_t channel, uintptr_t rows, bool per_slot, bool weights_applied) {
+            device.combine_send(channel, {.rows = pointer<const std::byte>(rows),
+                                          .per_slot = per_slot,
+                                          .weights_applied = weights_applied});
+          },
+          "channel"_a, "rows"_a, "per_slot"_a, "weights_applied"_a, ReleaseLock())
+      .def(
+          "combine_recv",
+          [](CpuDevice& device, uint32_t channel, uintptr_t out) {
+            device.combine_recv(channel, pointer<std::byte>(out));
+          },
+          "channel"_a, "out"_a, ReleaseLock())
+      .def("counters", [](const CpuDevice& device) { return counters_of(device); })
+      .def("half_seconds", [](const CpuDevice& device) { return seconds_by_half(device.counters().half_ns); })
+      .def("wait_seconds",
+           [](const CpuDevice& device) { return seconds_by_half(device.counters().wait_ns); });
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "The compiled half of vllm_efa_ep; use vllm_efa_ep.AllToAll.";
+  nb::register_exception_translator(translate);
+  bind_protocol(m);
+  bind_memory(m);
+  bind_fabric(m);
+  bind_proxy(m);
+  bind_device(m);
+}

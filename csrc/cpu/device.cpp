@@ -1,0 +1,180 @@
+#include "cpu/device.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "cpu/timer.h"
+#include "errors.h"
+#include "protocol/chunking.h"
+
+namespace efa_ep {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// A wait yields first, since the next event is usually microseconds away and often on this very core; a long
+// one naps, so that an idle rank leaves the core to others.
+constexpr auto kYieldTime = std::chrono::milliseconds(2);
+constexpr auto kNap = std::chrono::microseconds(50);
+constexpr uint32_t kTurnsPerClockCheck = 16;
+
+std::string join(const std::vector<uint32_t>& ranks) {
+  std::ostringstream text;
+  for (size_t i = 0; i < ranks.size(); ++i) text << (i > 0 ? ", " : "") << ranks[i];
+  return text.str();
+}
+
+}  // namespace
+
+CpuDevice::CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> arenas, Proxy* proxy)
+    : options_(options),
+      layout_(options_.layout),
+      topology_(options.layout.topology),
+      node_(topology_.node_of(options.rank)),
+      index_(topology_.index_of(options.rank)),
+      placement_(options.expert_owner, topology_.world),
+      local_experts_(placement_.hosted_by(options.rank)),
+      arenas_(std::move(arenas)),
+      proxy_(proxy),
+      channels_(layout_.channels) {
+  if (arenas_.size() != topology_.ranks_per_node || (topology_.nodes() > 1 && proxy_ == nullptr)) {
+    throw ConfigurationError(
+        "a device needs the arena of every rank of its node, and a proxy if there are several nodes");
+  }
+  for (Channel& channel : channels_) {
+    channel.tokens_of_node.resize(topology_.nodes());
+    channel.tokens_of_owner.resize(topology_.ranks_per_node);
+    channel.slot_rows.resize(topology_.nodes());
+    channel.summed.resize(topology_.nodes());
+    for (uint32_t rank = 0; rank < topology_.world; ++rank) {
+      Source source;
+      source.rank = rank;
+      source.own_rail = topology_.node_of(rank) != node_ && topology_.index_of(rank) == index_;
+      source.block = layout_.block(index_, topology_.node_of(rank), topology_.index_of(rank));
+      channel.sources.push_back(std::move(source));
+    }
+  }
+}
+
+DeviceCounters CpuDevice::counters() const {
+  DeviceCounters counters{counters_.rounds, counters_.tokens, counters_.network_rows, counters_.peer_rows,
+                          counters_.received_rows};
+  for (size_t half = 0; half < kHalfNames.size(); ++half) {
+    counters.half_ns[half] = counters_.half_ns[half];
+    counters.wait_ns[half] = counters_.wait_ns[half];
+  }
+  return counters;
+}
+
+void CpuDevice::require(uint32_t channel_index, Stage stage, const char* call) const {
+  if (channel_index >= channels_.size()) {
+    throw ConfigurationError("channel " + std::to_string(channel_index) +
+                             " does not exist; this instance has " + std::to_string(channels_.size()) +
+                             " (AllToAllConfig.channels)");
+  }
+  if (channels_[channel_index].stage != stage) {
+    throw ConfigurationError(
+        std::string(call) + " came out of turn on channel " + std::to_string(channel_index) +
+        "; a round is dispatch_send, dispatch_recv, combine_send, combine_recv, and a channel "
+        "has one round in flight");
+  }
+  if (proxy_ != nullptr) proxy_->throw_if_failed();
+}
+
+// Stages rows 0 to rows-1 with `stage_row` and hands each chunk over as soon as its rows are there.
+void CpuDevice::post_rows(uint32_t channel_index, Operation operation, uint32_t node, uint32_t rows,
+                          const std::function<void(uint32_t)>& stage_row) {
+  Channel& channel = channels_[channel_index];
+  const Chunking chunking =
+      Chunking::of(rows, layout_.row_bytes(operation), proxy_->chunk_bytes(), proxy_->rails());
+  for (uint32_t chunk = 0; chunk < chunking.chunks; ++chunk) {
+    const uint32_t first = chunking.first_row(chunk);
+    const uint32_t count = chunking.rows_in(chunk);
+    for (uint32_t row = first; row < first + count; ++row) stage_row(row);
+    const Immediate immediate{.round_tag = channel.round % Immediate::kRoundPeriod,
+                              .operation = operation,
+                              .channel = channel_index,
+                              .source_node = node_,
+                              .first = chunk == 0,
+                              .value = chunk == 0 ? rows : chunk};
+    const Command command{immediate.encode(), node, first, count};
+    if (!proxy_->try_submit(command)) {
+      const Half half = operation == Operation::kDispatch ? Half::kDispatchSend : Half::kCombineSend;
+      wait(
+          half, channel.round, [&] { return proxy_->try_submit(command); },
+          [&] { return std::vector<uint32_t>{topology_.rail_peer(options_.rank, node)}; });
+    }
+    ++channel.submitted[static_cast<size_t>(operation)];
+  }
+  counters_.network_rows += rows;
+}
+
+// Staging may be overwritten once the last round's writes from it are complete. They practically always are.
+void CpuDevice::wait_for_staging(uint32_t channel_index, Operation operation, Half half) {
+  const Channel& channel = channels_[channel_index];
+  const auto completed = word(own_arena(), layout_.completion(channel_index, operation));
+  wait(
+      half, channel.round,
+      [&] {
+        return completed.load(std::memory_order_acquire) == channel.submitted[static_cast<size_t>(operation)];
+      },
+      [&] {
+        std::vector<uint32_t> ranks;
+        for (const uint32_t node : proxy_->unfinished_destinations()) {
+          ranks.push_back(topology_.rail_peer(options_.rank, node));
+        }
+        return ranks;
+      });
+}
+
+// Every wait of the device: does the proxy's work meanwhile, and ends with an error at the deadline.
+void CpuDevice::wait(Half half, uint32_t round, const std::function<bool()>& ready,
+                     const std::function<std::vector<uint32_t>()>& missing) {
+  if (ready()) return;
+  const ScopedTimer timer(counters_.wait_ns[static_cast<size_t>(half)]);
+  const Proxy::Waiting waiting(proxy_);
+  const auto start = Clock::now();
+  auto last_progress = start;
+  for (uint32_t turn = 1;; ++turn) {
+    const bool moved = proxy_ != nullptr && proxy_->help();
+    if (ready()) return;
+    if (moved) continue;
+    if (turn % kTurnsPerClockCheck != 0) {
+      sched_yield();
+      continue;
+    }
+    if (proxy_ != nullptr) proxy_->throw_if_failed();
+    const auto now = Clock::now();
+    if (now - start > options_.timeout) {
+      const std::vector<uint32_t> ranks = missing();
+      const char* name = kHalfNames[static_cast<size_t>(half)];
+      throw RankTimeoutError(std::string(name) + " of round " + std::to_string(round) + " on rank " +
+                                 std::to_string(options_.rank) + " waited " +
+                                 std::to_string(std::chrono::duration<double>(options_.timeout).count()) +
+                                 " s for rank(s) " + join(ranks),
+                             name, round, ranks);
+    }
+    if (now - start > kYieldTime && now - last_progress > kYieldTime) {
+      std::this_thread::sleep_for(kNap);
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+OwnerList CpuDevice::owners_of(const int32_t* ids) const {
+  OwnerList owners;
+  for (uint32_t slot = 0; slot < layout_.row.top_k; ++slot) {
+    if (ids[slot] < 0) continue;
+    const uint32_t rank = placement_.owner(ids[slot]);
+    if (topology_.node_of(rank) == node_) owners.insert(topology_.index_of(rank));
+  }
+  return owners;
+}
+
+}  // namespace efa_ep

@@ -1,0 +1,199 @@
+// The four halves for memory that the CPU reads and writes. Each is called by one thread per channel.
+//
+// A send half waits for nobody. A receive half waits for other ranks, does this rank's share of their traffic
+// meanwhile (forwarding dispatch rows, summing partials of its rail), and raises RankTimeoutError at its
+// deadline.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "cpu/owner_list.h"
+#include "cpu/placement.h"
+#include "cpu/row_math.h"
+#include "protocol/layout.h"
+#include "protocol/round.h"
+#include "proxy/proxy.h"
+
+namespace efa_ep {
+
+struct CpuDeviceOptions {
+  Layout layout;
+  uint32_t rank = 0;
+  std::vector<uint32_t> expert_owner;  ///< owner rank of every expert
+  ScalarType combine_type = ScalarType::kBfloat16;
+  bool per_expert = false;  ///< output layout: [experts, capacity, ...] instead of [rows, ...]
+  std::chrono::nanoseconds timeout = std::chrono::seconds(120);
+};
+
+/// Tokens to send. All tables are contiguous, row by row.
+struct DispatchInput {
+  const std::byte* x = nullptr;       ///< [tokens] rows of payload_bytes
+  const std::byte* scales = nullptr;  ///< [tokens] rows of scale_bytes, unused if that is 0
+  const void* ids = nullptr;          ///< [tokens, top_k] int32 or int64; -1 drops the slot
+  bool ids_are_64_bit = false;
+  const float* weights = nullptr;  ///< [tokens, top_k]
+  uint32_t tokens = 0;
+};
+
+/// Where received rows go. In the per_token layout M = received_rows(); in the per_expert layout the payload
+/// is [local experts, capacity] rows with capacity = world * max_tokens, and ids and weights are not written.
+struct DispatchOutput {
+  std::byte* x = nullptr;                ///< [M] rows, or [experts, capacity] rows, of payload_bytes
+  std::byte* scales = nullptr;           ///< likewise of scale_bytes
+  int32_t* ids = nullptr;                ///< [M, top_k] global ids
+  float* weights = nullptr;              ///< [M, top_k]
+  int32_t* tokens_per_expert = nullptr;  ///< [local experts]
+};
+
+/// Expert results, in the order of the DispatchOutput.
+struct CombineInput {
+  /// per_token: [M] rows, one per received row, or with `per_slot` [M, top_k] rows of which only the slots of
+  /// own experts are read. per_expert: [local experts, capacity] rows.
+  const std::byte* rows = nullptr;
+  bool per_slot = false;
+  bool weights_applied = true;  ///< false: multiply each slot's row with its router weight here
+};
+
+/// Totals since the start.
+struct DeviceCounters {
+  uint64_t rounds = 0;
+  uint64_t tokens = 0;         ///< tokens dispatched by this rank
+  uint64_t network_rows = 0;   ///< rows put on the network by this rank, both operations
+  uint64_t peer_rows = 0;      ///< rows written into local ranks' memory, both operations
+  uint64_t received_rows = 0;  ///< rows received for own experts
+  std::array<uint64_t, 4>
+      half_ns{};  ///< time inside dispatch_send, dispatch_recv, combine_send, combine_recv
+  std::array<uint64_t, 4> wait_ns{};  ///< of which waiting for other ranks
+};
+
+enum class Half : uint32_t { kDispatchSend, kDispatchRecv, kCombineSend, kCombineRecv };
+inline constexpr std::array<const char*, 4> kHalfNames = {"dispatch_send", "dispatch_recv", "combine_send",
+                                                          "combine_recv"};
+
+class CpuDevice {
+ public:
+  /// `arenas[i]` is the arena of the rank with index i of this node, mapped here; `proxy` may be null if the
+  /// world has one node. Both outlive the device.
+  CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> arenas, Proxy* proxy);
+
+  /// Starts a round on `channel`. Reads the input completely before it returns. Throws ConfigurationError,
+  /// with nothing sent, for too many tokens or an id out of range.
+  void dispatch_send(uint32_t channel, const DispatchInput& input);
+
+  /// Waits until all rows of the round for this rank's experts are here. Returns their number.
+  uint32_t dispatch_wait(uint32_t channel);
+
+  /// Writes the rows in (source rank, token) order. After dispatch_wait().
+  void dispatch_pack(uint32_t channel, const DispatchOutput& output);
+
+  /// Sends results back. Reads the input completely before it returns.
+  void combine_send(uint32_t channel, const CombineInput& input);
+
+  /// Waits for all results and writes out[tokens] rows of combine_bytes; a token without experts gets zeros.
+  void combine_recv(uint32_t channel, std::byte* out);
+
+  uint32_t local_experts() const { return local_experts_; }
+  uint32_t capacity() const { return options_.layout.topology.world * options_.layout.max_tokens; }
+  /// Tokens of the round in flight on `channel`.
+  uint32_t tokens(uint32_t channel) const { return channels_.at(channel).tokens; }
+  DeviceCounters counters() const;
+
+ private:
+  enum class Stage : uint8_t { kIdle, kDispatchSent, kDispatchReady, kPacked, kCombineSent };
+
+  /// A rank whose rows this rank's experts receive, in source rank order.
+  struct Source {
+    uint32_t rank = 0;
+    bool own_rail = false;            // its rows lie in a slot, among rows for other owners
+    size_t block = 0;                 // else: its region
+    uint32_t rows = 0;                // rows for this rank's experts
+    std::vector<uint32_t> slot_rows;  // own_rail: which of the slot's rows these are
+    bool ready = false;
+  };
+  struct Channel {
+    Stage stage = Stage::kIdle;
+    uint32_t round = 0;
+    uint32_t tokens = 0;
+    std::vector<int32_t> ids;                           // [tokens][top_k]
+    std::vector<std::vector<uint32_t>> tokens_of_node;  // tokens sent to each node, ascending
+    std::vector<std::vector<uint32_t>>
+        tokens_of_owner;  // tokens sent to each rank of the own node, ascending
+    std::vector<Source> sources;
+    std::vector<uint32_t> slot_rows;  // rows in each remote node's dispatch slot
+    std::vector<bool> summed;         // remote nodes to which this round's node sums have been sent
+    std::vector<uint32_t> positions;  // per_expert: [row][top_k] position among the rows of the slot's expert
+    std::array<uint64_t, kOperations> submitted{};  // writes handed to the proxy so far
+  };
+  struct AtomicCounters {
+    std::atomic<uint64_t> rounds{0}, tokens{0}, network_rows{0}, peer_rows{0}, received_rows{0};
+    std::array<std::atomic<uint64_t>, 4> half_ns{}, wait_ns{};
+  };
+
+  // dispatch.cpp
+  template <class Id>
+  void route(Channel& channel, const DispatchInput& input) const;
+  void write_row(std::byte* to, const Channel& channel, const DispatchInput& input, uint32_t token) const;
+  void stage_and_post(uint32_t channel_index, uint32_t node, const DispatchInput& input);
+  void write_own_node(uint32_t channel_index, const DispatchInput& input);
+  bool receive_sources(uint32_t channel_index);
+  void forward(uint32_t channel_index, Source& source);
+  const std::byte* row_of(uint32_t channel_index, const Source& source, uint32_t row) const;
+  void copy_activation(const std::byte* row, const DispatchOutput& output, size_t place) const;
+  void pack_per_token(uint32_t channel_index, const DispatchOutput& output) const;
+  void pack_per_expert(uint32_t channel_index, const DispatchOutput& output);
+
+  // combine.cpp
+  void stage_partials(uint32_t channel_index, const Source& source, const CombineInput& input,
+                      uint32_t first_row);
+  void write_partials(uint32_t channel_index, const Source& source, const CombineInput& input,
+                      uint32_t first_row);
+  void reduce_row(std::byte* to, uint32_t channel_index, const CombineInput& input,
+                  const std::byte* dispatched, uint32_t row) const;
+  bool sum_rail(uint32_t channel_index);
+  bool partials_ready(uint32_t channel_index, uint32_t source_node, uint32_t owner) const;
+  void sum_node(uint32_t channel_index, uint32_t node);
+  void gather(uint32_t channel_index, std::byte* out) const;
+
+  // device.cpp
+  void require(uint32_t channel_index, Stage stage, const char* call) const;
+  void post_rows(uint32_t channel_index, Operation operation, uint32_t node, uint32_t rows,
+                 const std::function<void(uint32_t)>& stage_row);
+  void wait_for_staging(uint32_t channel_index, Operation operation, Half half);
+  void wait(Half half, uint32_t round, const std::function<bool()>& ready,
+            const std::function<std::vector<uint32_t>()>& missing);
+  OwnerList owners_of(const int32_t* ids) const;
+  bool is_own(int32_t id) const { return id >= 0 && placement_.owner(id) == options_.rank; }
+  const int32_t* ids_of(const std::byte* row) const {
+    return reinterpret_cast<const int32_t*>(row + RowShape::ids_offset());
+  }
+  const float* weights_of(const std::byte* row) const {
+    return reinterpret_cast<const float*>(row + layout_.row.weights_offset());
+  }
+  std::byte* own_arena() const { return arenas_[index_]; }
+  std::atomic_ref<uint64_t> word(std::byte* arena, size_t offset) const {
+    return std::atomic_ref<uint64_t>(*reinterpret_cast<uint64_t*>(arena + offset));
+  }
+  RoundWord read_word(size_t offset) const {
+    return RoundWord::decode(word(own_arena(), offset).load(std::memory_order_acquire));
+  }
+
+  const CpuDeviceOptions options_;
+  const Layout& layout_;
+  const Topology topology_;
+  const uint32_t node_;
+  const uint32_t index_;
+  const Placement placement_;
+  const uint32_t local_experts_;
+  const std::vector<std::byte*> arenas_;
+  Proxy* const proxy_;
+  std::vector<Channel> channels_;
+  AtomicCounters counters_;
+};
+
+}  // namespace efa_ep

@@ -1,0 +1,80 @@
+#include "memory/arena.h"
+
+#include <linux/memfd.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "errors.h"
+
+namespace efa_ep {
+namespace {
+
+ConfigurationError failure(const std::string& what, size_t bytes) {
+  return ConfigurationError(
+      what + " of " + std::to_string(bytes) + " bytes failed: " + std::strerror(errno) +
+      "; lower max_tokens_per_rank, or raise the memory limit of this process or container");
+}
+
+// Returns nullptr where the system cannot give the pages.
+std::byte* map_shared(int descriptor, size_t bytes) {
+  void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+  return address == MAP_FAILED ? nullptr : static_cast<std::byte*>(address);
+}
+
+}  // namespace
+
+Arena Arena::create(size_t bytes) {
+  const size_t size = allocated_bytes(bytes);
+  // Huge pages are reserved at mmap time, so a machine without enough of them says so here and not later.
+  for (const bool huge : {true, false}) {
+    const int descriptor =
+        memfd_create("efa_ep_arena", MFD_CLOEXEC | (huge ? MFD_HUGETLB | MFD_HUGE_2MB : 0u));
+    if (descriptor < 0) {
+      if (huge) continue;
+      throw failure("creating shared memory", size);
+    }
+    std::byte* data =
+        ftruncate(descriptor, static_cast<off_t>(size)) == 0 ? map_shared(descriptor, size) : nullptr;
+    if (data != nullptr) {
+      if (!huge) madvise(data, size, MADV_HUGEPAGE);
+      return Arena(data, size, descriptor, huge);
+    }
+    const ConfigurationError error = failure("mapping shared memory", size);
+    close(descriptor);
+    if (!huge) throw error;
+  }
+  throw failure("mapping shared memory", size);
+}
+
+Arena Arena::map(int descriptor, size_t bytes) {
+  const size_t size = allocated_bytes(bytes);
+  struct stat status{};
+  if (fstat(descriptor, &status) != 0) throw failure("inspecting a peer's shared memory", size);
+  if (static_cast<size_t>(status.st_size) < size) {
+    throw ConfigurationError("a local peer's shared memory has " + std::to_string(status.st_size) +
+                             " bytes, but " + std::to_string(size) +
+                             " are needed; start all ranks with the same configuration");
+  }
+  std::byte* data = map_shared(descriptor, size);
+  if (data == nullptr) throw failure("mapping a peer's shared memory", size);
+  return Arena(data, size, -1, false);
+}
+
+Arena::Arena(Arena&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)),
+      bytes_(other.bytes_),
+      descriptor_(std::exchange(other.descriptor_, -1)),
+      huge_pages_(other.huge_pages_) {}
+
+Arena::~Arena() {
+  if (data_ != nullptr) munmap(data_, bytes_);
+  if (descriptor_ >= 0) close(descriptor_);
+}
+
+}  // namespace efa_ep

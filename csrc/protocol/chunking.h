@@ -1,0 +1,36 @@
+// How the rows of one pair are cut into chunks. Sender and receiver compute the same cut from the same
+// numbers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace efa_ep {
+
+struct Chunking {
+  uint32_t rows = 0;    ///< rows of the pair
+  uint32_t chunks = 1;  ///< at least 1: a pair without rows still signals
+
+  /// Cuts `rows` rows of `row_bytes` bytes into chunks of at most `chunk_bytes` (one row if a row is longer),
+  /// and into at least `rails` chunks if there are that many rows, so that every NIC gets a share. The rows
+  /// of two chunks differ by at most one.
+  static constexpr Chunking of(uint32_t rows, uint64_t row_bytes, uint64_t chunk_bytes, uint32_t rails) {
+    if (rows == 0) return {};
+    const uint64_t limit = std::max<uint64_t>(1, chunk_bytes / row_bytes);
+    const uint64_t wanted = std::max<uint64_t>((rows + limit - 1) / limit, rails);
+    return {rows, static_cast<uint32_t>(std::min<uint64_t>(rows, wanted))};
+  }
+
+  constexpr uint32_t first_row(uint32_t chunk) const {
+    return static_cast<uint32_t>(uint64_t{rows} * chunk / chunks);
+  }
+  constexpr uint32_t rows_in(uint32_t chunk) const { return first_row(chunk + 1) - first_row(chunk); }
+};
+
+/// The NIC pair of a chunk. It depends on sender, destination and chunk: if all senders chose alike, one NIC
+/// of the receiver would get everything at once.
+constexpr uint32_t rail_of(uint32_t sender_node, uint32_t destination_node, uint32_t chunk, uint32_t rails) {
+  return (sender_node + destination_node + chunk) % rails;
+}
+
+}  // namespace efa_ep

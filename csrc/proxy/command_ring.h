@@ -1,0 +1,73 @@
+// The ring through which a device hands chunks to its proxy.
+#pragma once
+
+#include <atomic>
+#include <bit>
+#include <cstdint>
+#include <memory>
+
+namespace efa_ep {
+
+/// "Send these rows of the staging of the immediate's channel and operation to the rail peer on that node."
+/// 16 bytes, so that a device submits one with a single store.
+struct Command {
+  uint32_t immediate = 0;  ///< Immediate::encode()
+  uint32_t destination_node = 0;
+  uint32_t first_row = 0;
+  uint32_t rows = 0;
+};
+
+/// Many producers, one consumer, no locks. A slot's second word carries the lap's parity, and is written
+/// last: a slot is full when its parity is that of the consumer's lap.
+class CommandRing {
+ public:
+  /// Rounds the capacity up to a power of two.
+  explicit CommandRing(uint32_t capacity)
+      : capacity_(std::bit_ceil(capacity)), slots_(std::make_unique<Slot[]>(capacity_)) {}
+
+  /// Returns false if the ring is full.
+  bool try_push(const Command& command) {
+    uint64_t position = head_.load(std::memory_order_relaxed);
+    do {
+      if (position - tail_.load(std::memory_order_acquire) >= capacity_) return false;
+    } while (!head_.compare_exchange_weak(position, position + 1, std::memory_order_relaxed));
+    Slot& slot = slots_[position & (capacity_ - 1)];
+    slot.rows.store(uint64_t{command.first_row} << 32 | command.rows, std::memory_order_relaxed);
+    slot.header.store(uint64_t{command.immediate} << 32 | command.destination_node << 1 | parity(position),
+                      std::memory_order_release);
+    return true;
+  }
+
+  /// Returns false if the ring is empty. One consumer at a time.
+  bool try_pop(Command& command) {
+    const uint64_t position = tail_.load(std::memory_order_relaxed);
+    const Slot& slot = slots_[position & (capacity_ - 1)];
+    const uint64_t header = slot.header.load(std::memory_order_acquire);
+    if ((header & 1) != parity(position)) return false;
+    const uint64_t rows = slot.rows.load(std::memory_order_relaxed);
+    command = {static_cast<uint32_t>(header >> 32), static_cast<uint32_t>(header) >> 1,
+               static_cast<uint32_t>(rows >> 32), static_cast<uint32_t>(rows)};
+    tail_.store(position + 1, std::memory_order_release);
+    return true;
+  }
+
+  bool empty() const {
+    return tail_.load(std::memory_order_acquire) == head_.load(std::memory_order_acquire);
+  }
+  uint32_t capacity() const { return capacity_; }
+
+ private:
+  struct alignas(16) Slot {
+    std::atomic<uint64_t> header{0};
+    std::atomic<uint64_t> rows{0};
+  };
+  // The first lap writes 1 over the zeros the ring starts with.
+  uint64_t parity(uint64_t position) const { return (position / capacity_ + 1) & 1; }
+
+  const uint32_t capacity_;
+  const std::unique_ptr<Slot[]> slots_;
+  alignas(64) std::atomic<uint64_t> head_{0};
+  alignas(64) std::atomic<uint64_t> tail_{0};
+};
+
+}  // namespace efa_ep

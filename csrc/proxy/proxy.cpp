@@ -1,0 +1,307 @@
+#include "proxy/proxy.h"
+
+#include <sched.h>
+#include <sys/prctl.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "errors.h"
+#include "protocol/chunking.h"
+#include "protocol/round.h"
+
+namespace efa_ep {
+namespace {
+
+constexpr size_t kPollBatch = 64;
+// Commands taken per piece of work: bounds how long help() keeps a device thread.
+constexpr uint32_t kCommandBatch = 64;
+// Empty rounds of work before the proxy's thread sleeps instead of yielding.
+constexpr uint32_t kYieldsBeforeParking = 64;
+constexpr auto kParkTime = std::chrono::microseconds(100);
+
+// The context of a write says whose it is; no table of writes in flight is needed.
+constexpr uint64_t context_of(uint32_t node, const Immediate& immediate) {
+  return uint64_t{node} << 2 | static_cast<uint64_t>(immediate.operation) << 1 | immediate.channel;
+}
+constexpr uint32_t context_node(uint64_t context) { return static_cast<uint32_t>(context >> 2); }
+constexpr Operation context_operation(uint64_t context) { return static_cast<Operation>(context >> 1 & 1); }
+constexpr uint32_t context_channel(uint64_t context) { return context & 1; }
+
+// Every source may have this many writes on their way here without overrunning the completion queue.
+uint32_t window_of(const FabricDescription& fabric, uint32_t nodes) {
+  const uint32_t own = fabric.send_queue_depth;
+  const uint32_t room = fabric.completion_queue_depth > own ? fabric.completion_queue_depth - own : 1;
+  return std::max(1u, room / std::max(1u, nodes - 1));
+}
+
+}  // namespace
+
+Proxy::Proxy(Fabric& fabric, std::byte* arena, const ProxyOptions& options, bool start_thread)
+    : fabric_(fabric),
+      arena_(arena),
+      options_(options),
+      node_(options.layout.topology.node_of(options.rank)),
+      rails_(fabric.rails()),
+      window_(window_of(fabric.description(), options.layout.topology.nodes())),
+      ring_(options.ring_commands),
+      destinations_(options.layout.topology.nodes()),
+      pairs_(size_t{options.layout.channels} * kOperations * options.layout.topology.nodes()),
+      completions_(kPollBatch) {
+  if (start_thread) thread_ = std::thread(&Proxy::run, this);
+}
+
+Proxy::~Proxy() {
+  stop_.store(true);
+  {
+    const std::lock_guard lock(park_);
+    unpark_.notify_one();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+bool Proxy::try_submit(const Command& command) {
+  if (!ring_.try_push(command)) return false;
+  if (parked_.load(std::memory_order_relaxed)) {
+    const std::lock_guard lock(park_);
+    unpark_.notify_one();
+  }
+  return true;
+}
+
+bool Proxy::help() {
+  const std::unique_lock lock(work_, std::try_to_lock);
+  if (!lock.owns_lock() || failed_.load(std::memory_order_relaxed)) return false;
+  try {
+    return progress();
+  } catch (...) {  // whatever it is, the device's thread rethrows it
+    fail(std::current_exception());
+    return false;
+  }
+}
+
+void Proxy::drain(std::chrono::nanoseconds timeout) {
+  const Waiting waiting(this);
+  const auto deadline = Clock::now() + timeout;
+  while (true) {
+    if (help()) continue;
+    throw_if_failed();
+    const std::vector<uint32_t> nodes = unfinished_destinations();
+    if (nodes.empty() && ring_.empty()) return;
+    if (Clock::now() > deadline) {
+      std::vector<uint32_t> ranks;
+      for (const uint32_t node : nodes)
+        ranks.push_back(options_.layout.topology.rail_peer(options_.rank, node));
+      throw RankTimeoutError("writes were not complete before the deadline", "close", 0, ranks);
+    }
+    sched_yield();
+  }
+}
+
+std::vector<uint32_t> Proxy::unfinished_destinations() {
+  const std::lock_guard lock(work_);
+  std::vector<uint32_t> nodes;
+  for (uint32_t node = 0; node < destinations_.size(); ++node) {
+    const Destination& destination = destinations_[node];
+    if (destination.outstanding > 0 || destination.next < destination.queue.size()) nodes.push_back(node);
+  }
+  return nodes;
+}
+
+ProxyCounters Proxy::counters() const {
+  const auto read = [](const std::atomic<uint64_t>& counter) {
+    return counter.load(std::memory_order_relaxed);
+  };
+  return {read(counters_.writes),     read(counters_.bytes),   read(counters_.completions),
+          read(counters_.immediates), read(counters_.retries), read(counters_.waits)};
+}
+
+// The proxy's own thread. It yields while there is work, and naps when there is none: arrivals that come
+// during a nap wait for its end, or for a device thread that waits for them and helps.
+void Proxy::run() {
+  prctl(PR_SET_NAME, "efa_ep_proxy");
+  prctl(PR_SET_TIMERSLACK, 1000UL);  // ns; the default of 50 us would double the nap
+  uint32_t empty = 0;
+  while (!stop_.load(std::memory_order_relaxed)) {
+    const bool others_work = waiting_.load(std::memory_order_relaxed) > 0;
+    if (!others_work && help()) {
+      empty = 0;
+      continue;
+    }
+    if (!others_work && ++empty < kYieldsBeforeParking) {
+      sched_yield();
+      continue;
+    }
+    std::unique_lock lock(park_);
+    parked_.store(true, std::memory_order_relaxed);
+    unpark_.wait_for(lock, kParkTime);
+    parked_.store(false, std::memory_order_relaxed);
+    empty = 0;
+  }
+}
+
+bool Proxy::progress() {
+  const bool arrived = poll();
+  const bool taken = take_commands();
+  const bool posted = queued_ > 0 && post_queued();
+  return arrived || taken || posted;
+}
+
+bool Proxy::poll() {
+  const size_t count = fabric_.poll(completions_);
+  for (size_t i = 0; i < count; ++i) {
+    const Completion& completion = completions_[i];
+    switch (completion.kind) {
+      case CompletionKind::kArrival:
+        on_arrival(completion.immediate);
+        break;
+      case CompletionKind::kWriteDone:
+        on_write_done(completion.context);
+        break;
+      case CompletionKind::kError: {
+        const uint32_t peer =
+            options_.layout.topology.rail_peer(options_.rank, context_node(completion.context));
+        throw TransportError("a write to rank " + std::to_string(peer) + " failed: " + completion.error,
+                             peer);
+      }
+    }
+  }
+  return count > 0;
+}
+
+bool Proxy::take_commands() {
+  Command command;
+  uint32_t taken = 0;
+  while (taken < kCommandBatch && ring_.try_pop(command)) {
+    ++taken;
+    ++queued_;
+    Destination& destination = destinations_[command.destination_node];
+    destination.queue.push_back(command);
+    // The usual case: nothing is ahead of this one, so it goes out at once.
+    if (destination.queue.size() - destination.next == 1) post_from(command.destination_node, destination);
+  }
+  return taken > 0;
+}
+
+bool Proxy::post_queued() {
+  bool posted = false;
+  for (uint32_t node = 0; node < destinations_.size(); ++node) {
+    Destination& destination = destinations_[node];
+    if (destination.next < destination.queue.size()) posted |= post_from(node, destination);
+  }
+  return posted;
+}
+
+// Posts what the destination's window and the fabric allow. A destination that refuses holds up only itself.
+bool Proxy::post_from(uint32_t node, Destination& destination) {
+  bool posted = false;
+  while (destination.next < destination.queue.size()) {
+    if (destination.outstanding >= window_) {
+      add(counters_.waits, 1);
+      break;
+    }
+    const WriteRequest request = request_of(node, destination.queue[destination.next]);
+    if (fabric_.post_write(request) == PostResult::kAgain) {
+      add(counters_.retries, 1);
+      const auto now = Clock::now();
+      if (!destination.refused_since) destination.refused_since = now;
+      if (now - *destination.refused_since > options_.timeout) {
+        const double seconds = std::chrono::duration<double>(options_.timeout).count();
+        throw TransportError("rank " + std::to_string(request.peer) + " accepted no write for " +
+                                 std::to_string(seconds) + " s; its process is gone or unreachable",
+                             request.peer);
+      }
+      break;
+    }
+    posted = true;
+    destination.refused_since.reset();
+    ++destination.outstanding;
+    ++destination.next;
+    --queued_;
+    add(counters_.writes, 1);
+    add(counters_.bytes, request.bytes);
+  }
+  if (destination.next == destination.queue.size()) {
+    destination.queue.clear();
+    destination.next = 0;
+  }
+  return posted;
+}
+
+WriteRequest Proxy::request_of(uint32_t node, const Command& command) const {
+  const Layout& layout = options_.layout;
+  const Immediate immediate = Immediate::decode(command.immediate);
+  const uint64_t row = layout.row_bytes(immediate.operation);
+  WriteRequest request;
+  request.peer = layout.topology.rail_peer(options_.rank, node);
+  request.rail = rail_of(node_, node, immediate.chunk(), rails_);
+  request.local_offset =
+      layout.staging(immediate.channel, immediate.operation, node_, node) + command.first_row * row;
+  request.remote_offset =
+      layout.slot(immediate.channel, immediate.operation, node, node_) + command.first_row * row;
+  request.bytes = static_cast<uint32_t>(command.rows * row);
+  request.immediate = command.immediate;
+  request.context = context_of(node, immediate);
+  return request;
+}
+
+void Proxy::on_write_done(uint64_t context) {
+  --destinations_[context_node(context)].outstanding;
+  add(counters_.completions, 1);
+  const auto completed =
+      word(options_.layout.completion(context_channel(context), context_operation(context)));
+  completed.store(completed.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+}
+
+void Proxy::on_arrival(uint32_t bits) {
+  const Immediate immediate = Immediate::decode(bits);
+  const Layout& layout = options_.layout;
+  const auto refuse = [&](const std::string& why) {
+    throw ProtocolError("an arriving write's immediate " + std::to_string(bits) + " " + why +
+                        "; a process that is not part of this run, or of an earlier one, writes here");
+  };
+  if (immediate.channel >= layout.channels) refuse("names channel " + std::to_string(immediate.channel));
+  if (immediate.source_node >= layout.topology.nodes() || immediate.source_node == node_) {
+    refuse("names source node " + std::to_string(immediate.source_node));
+  }
+  Pair& arriving = pair(immediate);
+  if (immediate.round_tag != arriving.round % Immediate::kRoundPeriod) {
+    refuse("carries round tag " + std::to_string(immediate.round_tag) + " in round " +
+           std::to_string(arriving.round));
+  }
+  if (immediate.first) {
+    if (arriving.rows_known) refuse("repeats a first chunk");
+    if (immediate.value > layout.max_tokens) refuse("announces " + std::to_string(immediate.value) + " rows");
+    arriving.rows_known = true;
+    arriving.rows = immediate.value;
+    arriving.chunks =
+        Chunking::of(arriving.rows, layout.row_bytes(immediate.operation), options_.chunk_bytes, rails_)
+            .chunks;
+  }
+  ++arriving.chunks_seen;
+  add(counters_.immediates, 1);
+  if (!arriving.rows_known) return;
+  if (arriving.chunks_seen > arriving.chunks) refuse("is one more chunk than announced");
+  if (arriving.chunks_seen == arriving.chunks) {
+    word(layout.arrival(immediate.channel, immediate.operation, immediate.source_node))
+        .store(RoundWord{arriving.round, arriving.rows}.encode(), std::memory_order_release);
+    arriving = Pair{.round = arriving.round + 1};
+  }
+}
+
+void Proxy::fail(std::exception_ptr error) {
+  failure_ = std::move(error);
+  failed_.store(true, std::memory_order_release);
+}
+
+Proxy::Pair& Proxy::pair(const Immediate& immediate) {
+  const uint32_t row = immediate.channel * kOperations + static_cast<uint32_t>(immediate.operation);
+  return pairs_[size_t{row} * options_.layout.topology.nodes() + immediate.source_node];
+}
+
+std::atomic_ref<uint64_t> Proxy::word(size_t offset) const {
+  return std::atomic_ref<uint64_t>(*reinterpret_cast<uint64_t*>(arena_ + offset));
+}
+
+}  // namespace efa_ep

@@ -1,0 +1,155 @@
+// The host's half of the network: takes chunks from the device's ring, posts them over all NICs, counts what
+// arrives, and tells the device in one word when a pair is complete.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "fabric/fabric.h"
+#include "protocol/layout.h"
+#include "proxy/command_ring.h"
+
+namespace efa_ep {
+
+struct ProxyOptions {
+  Layout layout;
+  uint32_t rank = 0;
+  uint64_t chunk_bytes = 256 * 1024;  ///< as in Chunking::of
+  uint32_t ring_commands = 4096;
+  std::chrono::nanoseconds timeout = std::chrono::seconds(120);  ///< longest time a write may be refused
+};
+
+/// Totals since the start; all monotone.
+struct ProxyCounters {
+  uint64_t writes = 0;       ///< writes posted
+  uint64_t bytes = 0;        ///< payload bytes of those writes
+  uint64_t completions = 0;  ///< own writes completed
+  uint64_t immediates = 0;   ///< writes of peers that arrived here
+  uint64_t retries = 0;      ///< posts that the fabric answered with "again"
+  uint64_t waits = 0;        ///< times a destination's window of outstanding writes was full
+};
+
+class Proxy {
+ public:
+  /// `arena` is this rank's registered memory, laid out by `options.layout`. Both it and `fabric` outlive the
+  /// proxy. `start_thread` false leaves all work to help(): for tests and measurements.
+  Proxy(Fabric& fabric, std::byte* arena, const ProxyOptions& options, bool start_thread = true);
+  Proxy(const Proxy&) = delete;
+  Proxy& operator=(const Proxy&) = delete;
+  ~Proxy();
+
+  /// Hands over a chunk. Returns false if the ring is full: help() or wait, then try again.
+  bool try_submit(const Command& command);
+
+  /// Does a bounded piece of the proxy's work in the calling thread, unless another thread is doing it.
+  /// Returns whether anything moved. A thread that waits for the network calls this instead of spinning, so
+  /// that a rank needs no second core.
+  bool help();
+
+  /// While an instance lives, its thread calls help() again and again, and the proxy's own thread stays out
+  /// of its way.
+  class Waiting {
+   public:
+    explicit Waiting(Proxy* proxy) : proxy_(proxy) {
+      if (proxy_ != nullptr) proxy_->waiting_.fetch_add(1, std::memory_order_relaxed);
+    }
+    ~Waiting() {
+      if (proxy_ != nullptr) proxy_->waiting_.fetch_sub(1, std::memory_order_relaxed);
+    }
+    Waiting(const Waiting&) = delete;
+    Waiting& operator=(const Waiting&) = delete;
+
+   private:
+    Proxy* proxy_;
+  };
+
+  /// Rethrows the first error, in any thread, as often as it is asked.
+  void throw_if_failed() const {
+    if (failed_.load(std::memory_order_acquire)) std::rethrow_exception(failure_);
+  }
+
+  /// Waits until every submitted write is complete. Throws RankTimeoutError naming the ranks that keep it
+  /// waiting.
+  void drain(std::chrono::nanoseconds timeout);
+
+  /// Nodes to which submitted writes are not complete yet.
+  std::vector<uint32_t> unfinished_destinations();
+
+  uint64_t chunk_bytes() const { return options_.chunk_bytes; }
+  uint32_t rails() const { return rails_; }
+  ProxyCounters counters() const;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  /// Writes to one node's rail peer, in submission order.
+  struct Destination {
+    std::vector<Command> queue;
+    size_t next = 0;  // first of `queue` that is not posted
+    uint32_t outstanding = 0;
+    std::optional<Clock::time_point> refused_since;
+  };
+  /// What has arrived of the current round of one (channel, operation, source node).
+  struct Pair {
+    uint32_t round = 1;
+    uint32_t chunks_seen = 0;
+    bool rows_known = false;
+    uint32_t rows = 0;
+    uint32_t chunks = 0;
+  };
+  struct AtomicCounters {
+    std::atomic<uint64_t> writes{0}, bytes{0}, completions{0}, immediates{0}, retries{0}, waits{0};
+  };
+
+  void run();
+  bool progress();
+  bool poll();
+  bool take_commands();
+  bool post_queued();
+  bool post_from(uint32_t node, Destination& destination);
+  void on_arrival(uint32_t bits);
+  void on_write_done(uint64_t context);
+  void fail(std::exception_ptr error);
+  Pair& pair(const Immediate& immediate);
+  std::atomic_ref<uint64_t> word(size_t offset) const;
+  WriteRequest request_of(uint32_t node, const Command& command) const;
+  // Only the holder of work_ writes counters; readers may be anywhere.
+  static void add(std::atomic<uint64_t>& counter, uint64_t amount) {
+    counter.store(counter.load(std::memory_order_relaxed) + amount, std::memory_order_relaxed);
+  }
+
+  Fabric& fabric_;
+  std::byte* const arena_;
+  const ProxyOptions options_;
+  const uint32_t node_;
+  const uint32_t rails_;
+  const uint32_t window_;  // most outstanding writes per destination
+
+  CommandRing ring_;
+  std::mutex work_;  // held by whoever does the proxy's work
+  std::vector<Destination> destinations_;
+  size_t queued_ = 0;
+  std::vector<Pair> pairs_;
+  std::vector<Completion> completions_;
+  AtomicCounters counters_;
+
+  std::atomic<bool> failed_{false};
+  std::exception_ptr failure_;
+
+  std::atomic<uint32_t> waiting_{0};
+  std::atomic<bool> parked_{false};
+  std::atomic<bool> stop_{false};
+  std::mutex park_;
+  std::condition_variable unpark_;
+  std::thread thread_;
+};
+
+}  // namespace efa_ep

@@ -1,0 +1,211 @@
+"""Every setting of the package, once: name, type, default, unit, meaning.
+
+``docs/settings.md`` and ``vllm-efa-ep settings`` are generated from ``SETTINGS``; nothing else in the
+package reads the environment.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm_efa_ep.errors import ConfigurationError
+
+Kind = Literal["string", "integer", "number"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable.
+
+    Attributes:
+        variable: Its name.
+        field: The attribute of ``Settings`` it fills.
+        kind: How its text is read.
+        default: The value when it is unset or empty.
+        unit: Unit of the value, empty for names.
+        meaning: One or two sentences for the documentation.
+        choices: The accepted texts, if they can be listed.
+        minimum: Smallest accepted number.
+
+    """
+
+    variable: str
+    field: str
+    kind: Kind
+    default: str | int | float
+    unit: str
+    meaning: str
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+
+    def parse(self, text: str) -> str | int | float:
+        """Return the value of ``text``, or raise ``ConfigurationError`` with the remedy."""
+        if self.kind == "string":
+            if self.choices and text not in self.choices:
+                raise ConfigurationError(
+                    f"{self.variable}={text!r} is not a choice; use one of {', '.join(self.choices)}"
+                )
+            return text
+        try:
+            value = int(text) if self.kind == "integer" else float(text)
+        except ValueError:
+            raise ConfigurationError(f"{self.variable}={text!r} is not a {self.kind}") from None
+        if self.minimum is not None and not value >= self.minimum:
+            raise ConfigurationError(
+                f"{self.variable}={text} is too small; use at least {self.minimum:g} {self.unit}".rstrip()
+            )
+        return value
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "EFA_EP_BACKEND",
+        "backend",
+        "string",
+        "",
+        "",
+        "Selects the vLLM backend without `--all2all-backend`: `high_throughput` (Standard format) or "
+        "`low_latency` (batched format, asynchronous). Unset: vLLM stays as it is unless the flag asks.",
+        choices=("", "high_throughput", "low_latency"),
+    ),
+    Setting(
+        "EFA_EP_TIMEOUT_S",
+        "timeout_s",
+        "number",
+        120.0,
+        "seconds",
+        "How long a half waits for other ranks before it raises an error that names them.",
+        minimum=0.1,
+    ),
+    Setting(
+        "EFA_EP_RANKS_PER_NODE",
+        "ranks_per_node",
+        "integer",
+        0,
+        "ranks",
+        "Ranks that share memory with each other. 0: the greatest common divisor of the hosts' rank counts. "
+        "1 on one machine makes every rank its own node, so that all traffic crosses libfabric.",
+        minimum=0,
+    ),
+    Setting(
+        "EFA_EP_PROVIDER",
+        "provider",
+        "string",
+        "auto",
+        "",
+        "libfabric provider. `auto`: `efa-direct`, `efa`, then `tcp`, then `net`; falling back to TCP on a "
+        "machine that has EFA devices is an error unless `tcp` is asked for by name.",
+    ),
+    Setting(
+        "EFA_EP_LIBFABRIC",
+        "libfabric",
+        "string",
+        "",
+        "path",
+        "The libfabric.so.1 to open. Unset: AWS's /opt/amazon/efa, then the system's.",
+    ),
+    Setting(
+        "EFA_EP_INTERFACE",
+        "interface",
+        "string",
+        "",
+        "",
+        "Network interface of the tcp and net providers. Unset: `lo` if all ranks run on one host, else the "
+        "provider's first choice.",
+    ),
+    Setting(
+        "EFA_EP_NICS_PER_RANK",
+        "nics_per_rank",
+        "integer",
+        0,
+        "NICs",
+        "NICs (libfabric domains) a rank drives. 0: the host's EFA devices divided by its ranks; 1 on TCP.",
+        minimum=0,
+    ),
+    Setting(
+        "EFA_EP_CHUNK_BYTES",
+        "chunk_bytes",
+        "integer",
+        256 * 1024,
+        "bytes",
+        "Longest write. Rows of one pair are cut into equal chunks of at most this size.",
+        minimum=1,
+    ),
+    Setting(
+        "EFA_EP_RING_COMMANDS",
+        "ring_commands",
+        "integer",
+        4096,
+        "commands",
+        "Capacity of the ring between device and proxy, rounded up to a power of two.",
+        minimum=16,
+    ),
+    Setting(
+        "EFA_EP_STATS_DIR",
+        "stats_dir",
+        "string",
+        "",
+        "path",
+        "Directory into which the vLLM plugin writes the counters of each rank, `rank<r>.json`, while "
+        "rounds run. Unset: nowhere.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of ``SETTINGS``; see there for each one's meaning and unit."""
+
+    backend: str = ""
+    timeout_s: float = 120.0
+    ranks_per_node: int = 0
+    provider: str = "auto"
+    libfabric: str = ""
+    interface: str = ""
+    nics_per_rank: int = 0
+    chunk_bytes: int = 256 * 1024
+    ring_commands: int = 4096
+    stats_dir: str = ""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Settings":
+        """Read ``environment`` (default: ``os.environ``).
+
+        Raises:
+            ConfigurationError: A value is malformed or outside its range, or a variable starts with
+                ``EFA_EP_`` but is no setting (a misspelt name must not pass in silence).
+
+        """
+        environment = os.environ if environment is None else environment
+        known = {setting.variable for setting in SETTINGS}
+        unknown = sorted(name for name in environment if name.startswith("EFA_EP_") and name not in known)
+        if unknown:
+            raise ConfigurationError(
+                f"unknown setting {unknown[0]}; the settings are {', '.join(sorted(known))}"
+            )
+        values: dict[str, Any] = {
+            setting.field: setting.parse(environment[setting.variable])
+            for setting in SETTINGS
+            if environment.get(setting.variable)
+        }
+        return cls(**values)
+
+
+def settings_markdown() -> str:
+    """Return the text of ``docs/settings.md``."""
+    lines = [
+        "# Settings",
+        "",
+        "Generated from `vllm_efa_ep/config.py` by `vllm-efa-ep settings --markdown`; do not edit.",
+        "Each setting is an environment variable, read once when a process builds its `AllToAll`.",
+        "",
+        "| variable | type | default | unit | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for setting in SETTINGS:
+        default = f"`{setting.default}`" if setting.default != "" else "unset"
+        lines.append(
+            f"| `{setting.variable}` | {setting.kind} | {default} | {setting.unit} | {setting.meaning} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,140 @@
+"""What connects one rank to its world: its arena, its node's arenas, and its fabric with a proxy."""
+
+import os
+from dataclasses import dataclass
+
+from vllm_efa_ep import _core
+from vllm_efa_ep.bootstrap import Bootstrap
+from vllm_efa_ep.bootstrap.descriptors import DescriptorExchange
+from vllm_efa_ep.config import Settings
+from vllm_efa_ep.world import World, agree
+
+
+@dataclass(frozen=True)
+class FabricDescription:
+    """The network in use; all empty if the world is one node."""
+
+    provider: str = ""
+    fabric: str = ""
+    library: str = ""
+    nics: tuple[str, ...] = ()
+
+
+class Connection:
+    """Owns the memory and the network of one rank. The order of release matters, hence one owner."""
+
+    def __init__(
+        self,
+        arenas: list[_core.Arena],
+        index: int,
+        fabric: _core.LibfabricFabric | None,
+        proxy: _core.Proxy | None,
+    ) -> None:
+        """Take over connected parts; ``arenas`` has one entry per rank of the node, ``index`` is the own."""
+        self.arenas = arenas
+        self.arena = arenas[index]
+        self._fabric = fabric
+        self.proxy = proxy
+
+    @property
+    def description(self) -> FabricDescription:
+        """What the fabric turned out to be."""
+        if self._fabric is None:
+            return FabricDescription()
+        found = self._fabric.description()
+        return FabricDescription(found["provider"], found["fabric"], found["library"], tuple(found["nics"]))
+
+    def counters(self) -> dict[str, int]:
+        """Return the proxy's totals."""
+        if self.proxy is None:
+            names = ("writes", "bytes_written", "completions", "immediates", "retries", "window_waits")
+            return dict.fromkeys(names, 0)
+        return self.proxy.counters()
+
+    def drain(self, timeout_s: float) -> None:
+        """Wait until all own writes are complete."""
+        if self.proxy is not None:
+            self.proxy.drain(timeout_s)
+
+    def close(self) -> None:
+        """Stop the proxy, then the fabric, then unmap."""
+        self.proxy = None
+        self._fabric = None
+        self.arenas = []
+
+
+def connect(
+    world: World, layout: _core.Layout, bootstrap: Bootstrap, settings: Settings, timeout_s: float
+) -> Connection:
+    """Collective: allocate this rank's arena, map its node's, and connect its rail.
+
+    Raises:
+        ConfigurationError: Any rank could not.
+        FabricUnavailableError: This rank has no usable network.
+
+    """
+    arenas = _share_memory(world, layout, bootstrap, timeout_s)
+    if world.nodes == 1:
+        return Connection(arenas, world.index, None, None)
+    fabric = _join_fabric(world, arenas[world.index], bootstrap, settings)
+    proxy = _core.Proxy(
+        fabric=fabric,
+        arena=arenas[world.index],
+        layout=layout,
+        rank=world.rank,
+        chunk_bytes=settings.chunk_bytes,
+        ring_commands=settings.ring_commands,
+        timeout_s=timeout_s,
+    )
+    return Connection(arenas, world.index, fabric, proxy)
+
+
+def _share_memory(
+    world: World, layout: _core.Layout, bootstrap: Bootstrap, timeout_s: float
+) -> list[_core.Arena]:
+    def allocate() -> tuple[tuple[_core.Arena, DescriptorExchange], bytes]:
+        exchange = DescriptorExchange(world.index, world.ranks_per_node)
+        return (_core.Arena.create(layout.total_bytes), exchange), exchange.name.encode()
+
+    (own, exchange), told = agree(bootstrap, "allocating memory", allocate)
+    names = [told[rank].decode() for rank in world.node_ranks]
+
+    def map_peers() -> tuple[dict[int, _core.Arena], bytes]:
+        arenas = {world.index: own}
+        for index, descriptor in exchange.exchange(own.descriptor, names, timeout_s).items():
+            try:
+                arenas[index] = _core.Arena.map(descriptor, layout.total_bytes)
+            finally:
+                os.close(descriptor)
+        return arenas, b""
+
+    arenas, _ = agree(bootstrap, "sharing memory inside the node", map_peers)
+    return [arenas[index] for index in range(world.ranks_per_node)]
+
+
+def _join_fabric(
+    world: World, arena: _core.Arena, bootstrap: Bootstrap, settings: Settings
+) -> _core.LibfabricFabric:
+    def open_fabric() -> tuple[_core.LibfabricFabric, bytes]:
+        fabric = _core.LibfabricFabric(
+            provider=settings.provider,
+            library=settings.libfabric,
+            interface=settings.interface or ("lo" if world.single_host else ""),
+            nics=settings.nics_per_rank,
+            rank_on_host=world.rank_on_host,
+            ranks_on_host=world.ranks_on_host,
+            peers=world.nodes - 1,
+        )
+        fabric.register_memory(arena)
+        return fabric, fabric.address()
+
+    fabric, addresses = agree(bootstrap, "opening the fabric", open_fabric)
+
+    def connect_rail() -> tuple[None, bytes]:
+        for rank in world.rail_peers:
+            fabric.connect(rank, addresses[rank])
+        return None, b""
+
+    # Nobody writes before every target knows every initiator: EFA drops writes of strangers.
+    agree(bootstrap, "connecting the rails", connect_rail)
+    return fabric

@@ -1,0 +1,59 @@
+"""Every error this package raises; catch ``EfaEpError`` for all of them.
+
+The classes of ``csrc/errors.h`` arrive in Python as the classes of the same name here.
+"""
+
+
+class EfaEpError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigurationError(EfaEpError, ValueError):
+    """Something was asked for that cannot work; nothing was sent.
+
+    The message names the value, the limit and the remedy.
+    """
+
+
+class FabricUnavailableError(EfaEpError, RuntimeError):
+    """No usable libfabric, provider or network interface on this machine."""
+
+
+class TransportError(EfaEpError, ConnectionError):
+    """The network reported a failed operation.
+
+    Attributes:
+        peer: Rank at the other end of the operation, or -1 if unknown.
+
+    """
+
+    def __init__(self, message: str, peer: int = -1) -> None:
+        """Keep the peer beside the message."""
+        super().__init__(message)
+        self.peer = peer
+
+
+class RankTimeoutError(EfaEpError, TimeoutError):
+    """Other ranks did not answer before the deadline (``EFA_EP_TIMEOUT_S``).
+
+    Attributes:
+        half: ``dispatch_send``, ``dispatch_recv``, ``combine_send`` or ``combine_recv``.
+        round: The round that could not finish.
+        missing: Ranks that this rank was waiting for.
+
+    """
+
+    def __init__(self, message: str, half: str = "", round: int = 0, missing: tuple[int, ...] = ()) -> None:
+        """Keep what was waited for beside the message."""
+        super().__init__(message)
+        self.half = half
+        self.round = round
+        self.missing = missing
+
+
+class ProtocolError(EfaEpError, RuntimeError):
+    """A peer sent something the protocol does not allow: a foreign or stale writer, or a bug."""
+
+
+class VllmSeamError(EfaEpError, RuntimeError):
+    """This vLLM lacks a seam the backend needs; the message names the versions found and supported."""

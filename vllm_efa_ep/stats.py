@@ -1,0 +1,55 @@
+"""What an ``AllToAll`` has done so far."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Totals of one rank since its start, all channels together. Times are in seconds.
+
+    Attributes:
+        rank: This rank.
+        world_size: Ranks of the run.
+        nodes: Groups of ranks that share memory; only rows between nodes use the network.
+        provider: libfabric provider in use, empty if there is one node.
+        fabric: Name of the provider's fabric, for example ``efa-direct``.
+        library: Path and version of libfabric.
+        nics: The NICs this rank drives.
+        huge_pages: Whether the arena lies in 2 MiB pages.
+        rounds: Dispatch + combine rounds started.
+        tokens: Tokens this rank dispatched.
+        received_rows: Rows received for this rank's experts.
+        network_rows: Rows this rank put on the network, dispatch and combine together.
+        peer_rows: Rows this rank wrote into the memory of ranks of its own node (itself included).
+        writes: RDMA writes posted.
+        bytes_written: Payload bytes of those writes.
+        completions: Writes completed.
+        immediates: Writes of peers that arrived here.
+        retries: Posts the fabric refused for the moment.
+        window_waits: Times a destination's window of outstanding writes was full.
+        half_seconds: Time inside each half.
+        wait_seconds: Part of it spent waiting for other ranks.
+
+    """
+
+    rank: int
+    world_size: int
+    nodes: int
+    provider: str
+    fabric: str
+    library: str
+    nics: tuple[str, ...]
+    huge_pages: bool
+    rounds: int
+    tokens: int
+    received_rows: int
+    network_rows: int
+    peer_rows: int
+    writes: int
+    bytes_written: int
+    completions: int
+    immediates: int
+    retries: int
+    window_waits: int
+    half_seconds: dict[str, float]
+    wait_seconds: dict[str, float]

@@ -1,0 +1,171 @@
+"""The collective start: ranks agree on a configuration, learn who shares memory with whom, and connect.
+
+Every step ends with an exchange in which a rank may also say why it cannot go on; then all ranks raise, and
+nothing has moved.
+"""
+
+import json
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from math import gcd
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vllm_efa_ep.bootstrap import Bootstrap
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError
+
+Kept = TypeVar("Kept")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this rank stands.
+
+    Attributes:
+        rank: This rank.
+        size: Number of ranks.
+        ranks_per_node: Ranks of one node; consecutive ranks that can map each other's memory.
+        rank_on_host: This rank's place among the ranks of its host.
+        ranks_on_host: How many ranks share the host and its NICs.
+        single_host: Whether all ranks run on one host.
+
+    """
+
+    rank: int
+    size: int
+    ranks_per_node: int
+    rank_on_host: int
+    ranks_on_host: int
+    single_host: bool
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return self.size // self.ranks_per_node
+
+    @property
+    def node(self) -> int:
+        """This rank's node."""
+        return self.rank // self.ranks_per_node
+
+    @property
+    def index(self) -> int:
+        """This rank's place in its node."""
+        return self.rank % self.ranks_per_node
+
+    @property
+    def node_ranks(self) -> range:
+        """The ranks of this rank's node."""
+        first = self.node * self.ranks_per_node
+        return range(first, first + self.ranks_per_node)
+
+    @property
+    def rail_peers(self) -> list[int]:
+        """The ranks with this rank's index on the other nodes: the only ones it talks to over the network."""
+        return [node * self.ranks_per_node + self.index for node in range(self.nodes) if node != self.node]
+
+
+def agree(
+    bootstrap: Bootstrap, step: str, contribute: Callable[[], tuple[Kept, bytes]]
+) -> tuple[Kept, list[bytes]]:
+    """Collective: do a step of the start and gather what each rank has to tell about it.
+
+    Args:
+        bootstrap: Connects the ranks.
+        step: Names the step in errors.
+        contribute: Does the step here; returns what this rank keeps of it and what it tells the others.
+
+    Returns:
+        What this rank keeps, and what every rank told.
+
+    Raises:
+        EfaEpError: ``contribute`` raised it here.
+        ConfigurationError: It raised on another rank; the message names that rank and its reason.
+
+    """
+    try:
+        kept, message = contribute()
+    except EfaEpError as error:
+        bootstrap.all_gather(b"-" + str(error).encode())
+        raise
+    answers = bootstrap.all_gather(b"+" + message)
+    refusals = [
+        f"rank {rank}: {answer[1:].decode()}" for rank, answer in enumerate(answers) if answer[:1] != b"+"
+    ]
+    if refusals:
+        raise ConfigurationError(f"{step} failed on other ranks; nothing was started. {'; '.join(refusals)}")
+    return kept, [answer[1:] for answer in answers]
+
+
+def join_world(bootstrap: Bootstrap, must_agree: Mapping[str, Any], ranks_per_node: int) -> World:
+    """Collective: check that all ranks want the same, and find out which of them share a host.
+
+    Args:
+        bootstrap: Connects the ranks.
+        must_agree: Names and values (JSON) that have to be equal on all ranks.
+        ranks_per_node: Ranks per node, or 0 to take the greatest common divisor of the hosts' rank counts.
+
+    Raises:
+        ConfigurationError: Ranks disagree, two claim one id, or ``ranks_per_node`` does not fit the hosts.
+
+    """
+
+    def claim() -> tuple[None, bytes]:
+        own_claim = {"rank": bootstrap.rank, "host": host_identity(), "settings": dict(must_agree)}
+        return None, json.dumps(own_claim).encode()
+
+    _, told = agree(bootstrap, "joining", claim)
+    claims = [json.loads(each) for each in told]
+    _check_claims(claims)
+    hosts = [str(c["host"]) for c in claims]
+    rank, size = bootstrap.rank, len(claims)
+    own = [r for r in range(size) if hosts[r] == hosts[rank]]
+    return World(
+        rank=rank,
+        size=size,
+        ranks_per_node=_ranks_per_node(hosts, ranks_per_node),
+        rank_on_host=own.index(rank),
+        ranks_on_host=len(own),
+        single_host=len(own) == size,
+    )
+
+
+def host_identity() -> str:
+    """Name the set of processes that this one can share memory with: one boot of one network namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
+
+
+def _check_claims(claims: list[dict[str, Any]]) -> None:
+    by_id: dict[int, int] = {}
+    for position, claim in enumerate(claims):
+        other = by_id.setdefault(claim["rank"], position)
+        if other != position:
+            raise ConfigurationError(
+                f"two processes (numbers {other} and {position} of the bootstrap) claim rank "
+                f"{claim['rank']}; give every process its own rank"
+            )
+    first = claims[0]["settings"]
+    for rank, claim in enumerate(claims):
+        settings = claim["settings"]
+        for name in sorted(first.keys() | settings.keys()):
+            if first.get(name) != settings.get(name):
+                raise ConfigurationError(
+                    f"ranks disagree about {name}: rank 0 has {first.get(name)!r}, rank {rank} has "
+                    f"{settings.get(name)!r}; start all ranks with the same value"
+                )
+
+
+def _ranks_per_node(hosts: list[str], wanted: int) -> int:
+    runs = [len(list(run)) for _, run in groupby(hosts)]
+    fitting = gcd(*runs)
+    if wanted == 0:
+        return fitting
+    if fitting % wanted != 0:
+        raise ConfigurationError(
+            f"EFA_EP_RANKS_PER_NODE={wanted} does not divide {fitting}, the greatest common divisor of the "
+            f"hosts' rank counts {runs}; use a divisor of it, or leave it unset"
+        )
+    return wanted
