@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_efa_ep.all_to_all import AllToAll, AllToAllConfig, Dispatched, Handle
+    from vllm_efa_ep.all_to_all import AllToAll, Handle
+    from vllm_efa_ep.all_to_all_config import AllToAllConfig
+    from vllm_efa_ep.dispatched import Dispatched
     from vllm_efa_ep.memory_plan import MemoryPlan
     from vllm_efa_ep.stats import Stats
 
@@ -17,8 +19,8 @@ __version__ = "0.1.0"
 # Loaded on first use: vLLM imports this package in every one of its processes, most of which never use it.
 _HOMES = {
     "AllToAll": "all_to_all",
-    "AllToAllConfig": "all_to_all",
-    "Dispatched": "all_to_all",
+    "AllToAllConfig": "all_to_all_config",
+    "Dispatched": "dispatched",
     "Handle": "all_to_all",
     "MemoryPlan": "memory_plan",
     "Stats": "stats",

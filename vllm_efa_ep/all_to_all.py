@@ -11,138 +11,30 @@ halves return at once, so the caller can compute between the halves while data f
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
 from vllm_efa_ep import __version__, _core
+from vllm_efa_ep.all_to_all_config import COMBINE_TYPES, AllToAllConfig
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.connection import Connection, connect
 from vllm_efa_ep.diagnosis import explain
+from vllm_efa_ep.dispatched import Dispatched, OutputBuffers
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError, RankTimeoutError, TransportError
 from vllm_efa_ep.memory_plan import MemoryPlan
-from vllm_efa_ep.placement import experts_of, linear_placement
+from vllm_efa_ep.placement import experts_of
 from vllm_efa_ep.stats import Stats
 from vllm_efa_ep.world import join_world
 
-Layout = Literal["per_token", "per_expert"]
-
-_COMBINE_TYPES = {
-    torch.bfloat16: _core.ScalarType.bfloat16,
-    torch.float16: _core.ScalarType.float16,
-    torch.float32: _core.ScalarType.float32,
-}
-# Payloads are only copied, so any element type goes; these are the ones models use.
-_PAYLOAD_TYPES = (
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.uint8,
-)
-_ROW_ALIGNMENT = 16
 # Part of the deadline kept for finding out which rank is at fault.
 _DIAGNOSIS_SHARE = 0.1
 
-
-@dataclass(frozen=True)
-class AllToAllConfig:
-    """What all ranks have to agree on.
-
-    Attributes:
-        hidden_size: Elements of one token's expert output; H below.
-        num_experts: Physical experts of the whole world.
-        top_k: Experts per token; K below.
-        max_tokens_per_rank: Most tokens a rank dispatches in one round.
-        dtype: Element type of the dispatched activations.
-        combine_dtype: Element type of expert outputs and of the result.
-        payload_columns: Elements of one dispatched activation, if not H (packed formats: fp4 in uint8).
-        scale_columns: float32 block scales per token, 0 for none; S below.
-        layout: ``per_token``: received rows ``[M, H]``. ``per_expert``: ``[experts, capacity, H]``.
-        channels: Rounds that can be in flight at once, 1 or 2.
-        expert_to_rank: Owner rank of every expert; None places them linearly.
-
-    """
-
-    hidden_size: int
-    num_experts: int
-    top_k: int
-    max_tokens_per_rank: int
-    dtype: torch.dtype = torch.bfloat16
-    combine_dtype: torch.dtype = torch.bfloat16
-    payload_columns: int | None = None
-    scale_columns: int = 0
-    layout: Layout = "per_token"
-    channels: int = 1
-    expert_to_rank: tuple[int, ...] | None = None
-
-    @property
-    def columns(self) -> int:
-        """Elements of one dispatched activation."""
-        return self.hidden_size if self.payload_columns is None else self.payload_columns
-
-    def placement(self, world_size: int) -> tuple[int, ...]:
-        """Return the owner of every expert."""
-        if self.expert_to_rank is not None:
-            return tuple(self.expert_to_rank)
-        return linear_placement(self.num_experts, world_size)
-
-    def memory_plan(self, world_size: int, ranks_per_node: int) -> MemoryPlan:
-        """Return the memory one rank of such a world takes, without allocating any."""
-        self.check(world_size)
-        if ranks_per_node < 1 or world_size % ranks_per_node:
-            raise ConfigurationError(f"{world_size} ranks do not divide into nodes of {ranks_per_node}")
-        return MemoryPlan.of(self.core_layout(world_size, ranks_per_node))
-
-    def core_layout(self, world_size: int, ranks_per_node: int) -> _core.Layout:
-        """Return the arena's layout."""
-        return _core.Layout(
-            world=world_size,
-            ranks_per_node=ranks_per_node,
-            top_k=self.top_k,
-            payload_bytes=self.columns * self.dtype.itemsize,
-            scale_bytes=4 * self.scale_columns,
-            combine_bytes=self.hidden_size * self.combine_dtype.itemsize,
-            max_tokens=self.max_tokens_per_rank,
-            channels=self.channels,
-        )
-
-    def check(self, world_size: int) -> None:
-        """Raise ``ConfigurationError`` for the first value outside the protocol's bounds."""
-        limits = _core.limits()
-        _check_range("world size", world_size, 1, limits["ranks"])
-        _check_range("num_experts", self.num_experts, 1, limits["experts"])
-        _check_range("top_k", self.top_k, 1, limits["top_k"])
-        _check_range("max_tokens_per_rank", self.max_tokens_per_rank, 1, limits["tokens_per_rank"])
-        _check_range("channels", self.channels, 1, limits["channels"])
-        _check_range("hidden_size", self.hidden_size, 1, 2**20)
-        _check_range("payload_columns", self.columns, 1, 2**20)
-        _check_range("scale_columns", self.scale_columns, 0, 2**16)
-        _check_choice("layout", self.layout, ("per_token", "per_expert"))
-        _check_choice("dtype", self.dtype, _PAYLOAD_TYPES)
-        _check_choice("combine_dtype", self.combine_dtype, tuple(_COMBINE_TYPES))
-        for name, columns, dtype in (
-            ("dispatched row", self.columns, self.dtype),
-            ("combined row", self.hidden_size, self.combine_dtype),
-        ):
-            row_bytes = columns * dtype.itemsize
-            if row_bytes % _ROW_ALIGNMENT:
-                step = _ROW_ALIGNMENT // dtype.itemsize
-                raise ConfigurationError(
-                    f"a {name} of {columns} x {dtype} has {row_bytes} bytes, not a multiple of "
-                    f"{_ROW_ALIGNMENT}; use a hidden size that is a multiple of {step}"
-                )
-        if self.expert_to_rank is not None and len(self.expert_to_rank) != self.num_experts:
-            raise ConfigurationError(
-                f"expert_to_rank has {len(self.expert_to_rank)} entries for {self.num_experts} experts; "
-                "give one owner per expert"
-            )
+__all__ = ["AllToAll", "AllToAllConfig", "Dispatched", "Handle"]
 
 
 @dataclass(frozen=True)
@@ -161,31 +53,13 @@ class Handle:
     tokens: int
 
 
-@dataclass(frozen=True)
-class Dispatched:
-    """Rows for this rank's experts, in (source rank, token) order.
-
-    The tensors are views of the channel's buffers: valid until the next ``dispatch_recv`` on the channel.
-
-    Attributes:
-        x: ``[M, columns]``, or ``[local experts, capacity, columns]`` in the per_expert layout.
-        scales: float32, like ``x`` with S columns; None without scales.
-        topk_ids: int32 ``[M, K]``, the global ids the token was routed to (experts of other ranks included);
-            None in the per_expert layout.
-        topk_weights: float32 ``[M, K]``; None in the per_expert layout.
-        tokens_per_expert: int32 ``[local experts]``.
-
-    """
-
-    x: torch.Tensor
-    scales: torch.Tensor | None
-    topk_ids: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    tokens_per_expert: torch.Tensor
-
-
 class AllToAll:
-    """Dispatch and combine between the ranks of a world. One thread per channel may use it at a time."""
+    """Dispatch and combine between the ranks of a world. One thread per channel may use it at a time.
+
+    With two channels, either give each a thread of its own, or call the halves of both in the same order on
+    all ranks: a receive half does its share of other ranks' traffic, so ranks that wait on different channels
+    wait for each other (docs/protocol_model.md).
+    """
 
     def __init__(
         self, config: AllToAllConfig, bootstrap: Bootstrap, settings: Settings | None = None
@@ -219,7 +93,7 @@ class AllToAll:
             layout=layout,
             rank=self.world.rank,
             expert_owner=placement,
-            combine_type=_COMBINE_TYPES[config.combine_dtype],
+            combine_type=COMBINE_TYPES[config.combine_dtype],
             per_expert=config.layout == "per_expert",
             timeout_s=timeout_s,
             arenas=self._connection.arenas,
@@ -227,7 +101,7 @@ class AllToAll:
         )
         self._rounds = [0] * config.channels
         self._buffers = [
-            _OutputBuffers(config, len(self.local_experts), self.expert_capacity) for _ in self._rounds
+            OutputBuffers(config, len(self.local_experts), self.expert_capacity) for _ in self._rounds
         ]
 
     @property
@@ -327,7 +201,7 @@ class AllToAll:
 
         Args:
             expert_output: ``config.combine_dtype``. per_token: ``[M, H]``, weighted and summed over this
-                rank's experts, or ``[M, K, H]``, one row per slot (those of other ranks' experts are not read).
+                rank's experts, or ``[M, K, H]``, a row per slot (those of other ranks' experts are not read).
                 per_expert: ``[local experts, capacity, H]``.
             handle: The round.
             weights_applied: Whether the router weights are in the rows already. Default: yes for ``[M, H]``,
@@ -451,7 +325,7 @@ class AllToAll:
 
     def _alive(self) -> tuple[Connection, _core.CpuDevice]:
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.with_traceback(None)
         if self._connection is None or self._device is None:
             raise ConfigurationError("this AllToAll is closed; build a new one")
         return self._connection, self._device
@@ -465,67 +339,21 @@ class AllToAll:
 
     def _call(self, half: "Callable[[_core.CpuDevice], _Result]") -> "_Result":
         """Run a half. Any failure but a refused argument ends this instance, with the rank at fault named."""
-        _, device = self._alive()
-        with self._failing():
-            return half(device)
-
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
+        device = self._alive()[1]
         try:
-            yield
-        except ConfigurationError:
-            raise
+            return half(device)
+        except ConfigurationError as refusal:
+            failure: EfaEpError = refusal
         except EfaEpError as error:
-            grace_s = self._settings.timeout_s * _DIAGNOSIS_SHARE
-            reason = explain(self._bootstrap, error, grace_s)
-            self._failure = _with_reason(error, reason) if reason else error
-            raise self._failure from None
+            reason = explain(self._bootstrap, error, self._settings.timeout_s * _DIAGNOSIS_SHARE)
+            failure = self._failure = _with_reason(error, reason) if reason else error
+        # Raised without its frames: they refer to the device, whose memory must go at close() even if the
+        # caller keeps the error.
+        del device
+        raise failure.with_traceback(None)
 
 
 _Result = TypeVar("_Result")
-
-
-class _OutputBuffers:
-    """A channel's received rows. Kept from round to round: fresh memory would cost more than the copies."""
-
-    def __init__(self, config: AllToAllConfig, local_experts: int, capacity: int) -> None:
-        self._config = config
-        self._capacity = capacity
-        self._tokens_per_expert = torch.zeros(local_experts, dtype=torch.int32)
-        self.rows = 0  # of the round in flight
-        self._room = 0
-        per_expert = config.layout == "per_expert"
-        shape = (local_experts, capacity) if per_expert else (0,)
-        self._whole = self._allocate(shape, with_routing=not per_expert)
-
-    def views(self, rows: int) -> Dispatched:
-        """Return buffers for ``rows`` rows."""
-        self.rows = rows
-        if self._config.layout == "per_expert":
-            return self._whole
-        if rows > self._room:
-            self._room = min(self._capacity, max(rows, 2 * self._room))
-            self._whole = self._allocate((self._room,), with_routing=True)
-        whole = self._whole
-        return Dispatched(
-            whole.x[:rows],
-            None if whole.scales is None else whole.scales[:rows],
-            None if whole.topk_ids is None else whole.topk_ids[:rows],
-            None if whole.topk_weights is None else whole.topk_weights[:rows],
-            self._tokens_per_expert,
-        )
-
-    def _allocate(self, shape: tuple[int, ...], with_routing: bool) -> Dispatched:
-        config = self._config
-        return Dispatched(
-            torch.empty((*shape, config.columns), dtype=config.dtype),
-            torch.empty((*shape, config.scale_columns), dtype=torch.float32)
-            if config.scale_columns
-            else None,
-            torch.empty((*shape, config.top_k), dtype=torch.int32) if with_routing else None,
-            torch.empty((*shape, config.top_k), dtype=torch.float32) if with_routing else None,
-            self._tokens_per_expert,
-        )
 
 
 def _must_agree(config: AllToAllConfig, settings: Settings) -> dict[str, object]:
@@ -578,13 +406,3 @@ def _checked(
     if tuple(tensor.shape) != shape:
         raise ConfigurationError(f"{name} has shape {list(tensor.shape)}; pass {list(shape)}")
     return tensor.contiguous()
-
-
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ConfigurationError(f"{name} is {value}; use {low} to {high}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ConfigurationError(f"{name} is {value!r}; use one of {', '.join(map(str, choices))}")

@@ -27,6 +27,7 @@ class Setting:
         meaning: One or two sentences for the documentation.
         choices: The accepted texts, if they can be listed.
         minimum: Smallest accepted number.
+        maximum: Largest accepted number.
 
     """
 
@@ -38,6 +39,7 @@ class Setting:
     meaning: str
     choices: tuple[str, ...] = ()
     minimum: float | None = None
+    maximum: float | None = None
 
     def parse(self, text: str) -> str | int | float:
         """Return the value of ``text``, or raise ``ConfigurationError`` with the remedy."""
@@ -54,6 +56,10 @@ class Setting:
         if self.minimum is not None and not value >= self.minimum:
             raise ConfigurationError(
                 f"{self.variable}={text} is too small; use at least {self.minimum:g} {self.unit}".rstrip()
+            )
+        if self.maximum is not None and not value <= self.maximum:
+            raise ConfigurationError(
+                f"{self.variable}={text} is too large; use at most {self.maximum:g} {self.unit}".rstrip()
             )
         return value
 
@@ -131,6 +137,7 @@ SETTINGS: tuple[Setting, ...] = (
         "bytes",
         "Longest write. Rows of one pair are cut into equal chunks of at most this size.",
         minimum=1,
+        maximum=2**30,
     ),
     Setting(
         "EFA_EP_RING_COMMANDS",

@@ -32,9 +32,14 @@ class Connection:
     ) -> None:
         """Take over connected parts; ``arenas`` has one entry per rank of the node, ``index`` is the own."""
         self.arenas = arenas
-        self.arena = arenas[index]
+        self._index = index
         self._fabric = fabric
         self.proxy = proxy
+
+    @property
+    def arena(self) -> _core.Arena:
+        """The own arena."""
+        return self.arenas[self._index]
 
     @property
     def description(self) -> FabricDescription:

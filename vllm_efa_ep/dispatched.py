@@ -1,0 +1,74 @@
+"""The received rows of a round, and the buffers they lie in."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_efa_ep.all_to_all_config import AllToAllConfig
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows for this rank's experts, in (source rank, token) order.
+
+    The tensors are views of the channel's buffers: valid until the next ``dispatch_recv`` on the channel.
+
+    Attributes:
+        x: ``[M, columns]``, or ``[local experts, capacity, columns]`` in the per_expert layout.
+        scales: float32, like ``x`` with S columns; None without scales.
+        topk_ids: int32 ``[M, K]``, the global ids the token was routed to (experts of other ranks included);
+            None in the per_expert layout.
+        topk_weights: float32 ``[M, K]``; None in the per_expert layout.
+        tokens_per_expert: int32 ``[local experts]``.
+
+    """
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_ids: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    tokens_per_expert: torch.Tensor
+
+
+class OutputBuffers:
+    """A channel's received rows. Kept from round to round: fresh memory would cost more than the copies."""
+
+    def __init__(self, config: AllToAllConfig, local_experts: int, capacity: int) -> None:
+        """Allocate for ``local_experts`` experts of at most ``capacity`` rows each."""
+        self._config = config
+        self._capacity = capacity
+        self._tokens_per_expert = torch.zeros(local_experts, dtype=torch.int32)
+        self.rows = 0  # of the round in flight
+        self._room = 0
+        per_expert = config.layout == "per_expert"
+        shape = (local_experts, capacity) if per_expert else (0,)
+        self._whole = self._allocate(shape, with_routing=not per_expert)
+
+    def views(self, rows: int) -> Dispatched:
+        """Return buffers for ``rows`` rows."""
+        self.rows = rows
+        if self._config.layout == "per_expert":
+            return self._whole
+        if rows > self._room:
+            self._room = min(self._capacity, max(rows, 2 * self._room))
+            self._whole = self._allocate((self._room,), with_routing=True)
+        whole = self._whole
+        return Dispatched(
+            whole.x[:rows],
+            None if whole.scales is None else whole.scales[:rows],
+            None if whole.topk_ids is None else whole.topk_ids[:rows],
+            None if whole.topk_weights is None else whole.topk_weights[:rows],
+            self._tokens_per_expert,
+        )
+
+    def _allocate(self, shape: tuple[int, ...], with_routing: bool) -> Dispatched:
+        config = self._config
+        return Dispatched(
+            torch.empty((*shape, config.columns), dtype=config.dtype),
+            torch.empty((*shape, config.scale_columns), dtype=torch.float32)
+            if config.scale_columns
+            else None,
+            torch.empty((*shape, config.top_k), dtype=torch.int32) if with_routing else None,
+            torch.empty((*shape, config.top_k), dtype=torch.float32) if with_routing else None,
+            self._tokens_per_expert,
+        )
