@@ -1,6 +1,6 @@
 // combine_send and combine_recv.
+#include <algorithm>
 #include <array>
-#include <cstring>
 #include <set>
 
 #include "cpu/device.h"
@@ -55,8 +55,9 @@ void CpuDevice::write_partials(uint32_t channel_index, const Source& source, con
   const size_t block = layout_.block(rail, topology_.node_of(source.rank), index_);
   std::byte* partials = arenas_[rail] + layout_.partial(channel_index, block);
   if (!options_.per_expert && !input.per_slot) {
-    std::memcpy(partials, input.rows + first_row * layout_.combine_row(),
-                source.rows * layout_.combine_row());
+    // Not memcpy: a rank without rows may pass no pointer.
+    std::copy_n(input.rows + first_row * layout_.combine_row(), source.rows * layout_.combine_row(),
+                partials);
   } else {
     for (uint32_t i = 0; i < source.rows; ++i) {
       reduce_row(partials + i * layout_.combine_row(), channel_index, input, row_of(channel_index, source, i),

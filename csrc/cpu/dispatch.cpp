@@ -1,4 +1,5 @@
 // dispatch_send and dispatch_recv (as wait + pack).
+#include <algorithm>
 #include <cstring>
 #include <set>
 #include <string>
@@ -212,7 +213,7 @@ const std::byte* CpuDevice::row_of(uint32_t channel_index, const Source& source,
 void CpuDevice::dispatch_pack(uint32_t channel_index, const DispatchOutput& output) {
   require(channel_index, Stage::kDispatchReady, "dispatch_recv");
   const ScopedTimer timer(counters_.half_ns[static_cast<size_t>(Half::kDispatchRecv)]);
-  std::memset(output.tokens_per_expert, 0, local_experts_ * sizeof(int32_t));
+  std::fill_n(output.tokens_per_expert, local_experts_, 0);
   if (options_.per_expert) {
     pack_per_expert(channel_index, output);
   } else {

@@ -29,7 +29,9 @@ class CommandRing {
   bool try_push(const Command& command) {
     uint64_t position = head_.load(std::memory_order_relaxed);
     do {
-      if (position - tail_.load(std::memory_order_acquire) >= capacity_) return false;
+      // Signed: other threads may have moved the tail past a position that was read before.
+      const auto used = static_cast<int64_t>(position - tail_.load(std::memory_order_acquire));
+      if (used >= int64_t{capacity_}) return false;
     } while (!head_.compare_exchange_weak(position, position + 1, std::memory_order_relaxed));
     Slot& slot = slots_[position & (capacity_ - 1)];
     slot.rows.store(uint64_t{command.first_row} << 32 | command.rows, std::memory_order_relaxed);

@@ -87,8 +87,10 @@ void Proxy::drain(std::chrono::nanoseconds timeout) {
   while (true) {
     if (help()) continue;
     throw_if_failed();
+    // The ring first: another thread may move a command from there to its destination at any time.
+    const bool ring_empty = ring_.empty();
     const std::vector<uint32_t> nodes = unfinished_destinations();
-    if (nodes.empty() && ring_.empty()) return;
+    if (ring_empty && nodes.empty()) return;
     if (Clock::now() > deadline) {
       std::vector<uint32_t> ranks;
       for (const uint32_t node : nodes)

@@ -1,0 +1,215 @@
+// A network inside one process that takes every liberty that fabric.h allows: writes and the pieces of a
+// write are placed in random order, an immediate comes after its bytes and in no order with anything else, a
+// source learns of its write before or after the target does, and queues are short. One seed gives one
+// sequence of choices. Bytes are copied from source to target only when they are placed, and one mutex is all
+// that orders ranks: what the sanitizers miss here, the protocol has ordered itself.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "errors.h"
+#include "fabric/fabric.h"
+
+namespace efa_ep {
+
+class LoopbackNetwork {
+ public:
+  struct Options {
+    uint32_t ranks = 2;
+    uint32_t rails = 1;
+    uint32_t send_queue_depth = 16;
+    uint32_t completion_queue_depth = 1024;
+    uint64_t seed = 1;
+  };
+
+  enum class Fault {
+    kNone,
+    kRefuse,         ///< post_write() answers kAgain
+    kFail,           ///< nothing is placed, the completion is an error
+    kNeverComplete,  ///< arrives, but the source never learns of it
+  };
+  /// Asked at every post, under the network's lock, so it may also record what it sees.
+  using Rule = std::function<Fault(uint32_t source, const WriteRequest&)>;
+
+  /// What one rank did, as the network saw it.
+  struct Traffic {
+    uint64_t writes = 0;
+    uint64_t bytes = 0;
+    uint64_t refusals = 0;
+    uint64_t completions = 0;           ///< own writes, polled
+    uint64_t arrivals = 0;              ///< writes of peers, polled
+    std::vector<uint32_t> outstanding;  ///< per peer: posted, completion not polled
+    std::vector<uint32_t> most_outstanding;
+  };
+
+  explicit LoopbackNetwork(const Options& options) : random_(options.seed) {
+    description_.provider = "loopback";
+    for (uint32_t rail = 0; rail < options.rails; ++rail) {
+      description_.nics.push_back("loopback" + std::to_string(rail));
+    }
+    description_.send_queue_depth = options.send_queue_depth;
+    description_.completion_queue_depth = options.completion_queue_depth;
+    description_.max_write_bytes = uint64_t{1} << 30;
+    for (uint32_t rank = 0; rank < options.ranks; ++rank) {
+      endpoints_.push_back(std::make_unique<Endpoint>(*this, rank, options));
+    }
+  }
+
+  Fabric& endpoint(uint32_t rank) { return *endpoints_.at(rank); }
+
+  void set_rule(Rule rule) {
+    const std::lock_guard lock(mutex_);
+    rule_ = std::move(rule);
+  }
+  Traffic traffic(uint32_t rank) {
+    const std::lock_guard lock(mutex_);
+    return endpoints_.at(rank)->traffic;
+  }
+
+ private:
+  struct Endpoint final : Fabric {
+    Endpoint(LoopbackNetwork& network, uint32_t rank, const Options& options)
+        : network(network), rank(rank), in_flight(options.rails) {
+      traffic.outstanding.resize(options.ranks);
+      traffic.most_outstanding.resize(options.ranks);
+    }
+    const FabricDescription& description() const override { return network.description_; }
+    void register_memory(std::byte* base, size_t bytes) override { memory = {base, bytes}; }
+    std::vector<std::byte> address() const override { return {std::byte(rank)}; }
+    void connect(uint32_t peer, std::span<const std::byte> address) override {
+      if (address.size() != 1 || address[0] != std::byte(peer)) throw ProtocolError("not a loopback address");
+      const std::lock_guard lock(network.mutex_);
+      peers.insert(peer);
+    }
+    PostResult post_write(const WriteRequest& request) override { return network.post(*this, request); }
+    size_t poll(std::span<Completion> completions) override { return network.poll(*this, completions); }
+
+    LoopbackNetwork& network;
+    const uint32_t rank;
+    std::span<std::byte> memory;
+    std::set<uint32_t> peers;
+    std::vector<uint32_t> in_flight;  // by rail
+    struct Event {
+      Completion completion;
+      uint32_t rail, peer;
+    };
+    std::vector<Event> events;  // not polled yet
+    Traffic traffic;
+  };
+
+  struct Write {
+    Endpoint* source;
+    Endpoint* target;
+    WriteRequest request;
+    std::vector<std::pair<uint32_t, uint32_t>> pieces;  // begin and end of what is not placed yet
+    bool arrives = true;                                // the target has not been told
+    bool completes = true;                              // the source has not been told
+    std::string error;
+  };
+
+  PostResult post(Endpoint& source, const WriteRequest& request) {
+    const std::lock_guard lock(mutex_);
+    Endpoint& target = *endpoints_.at(request.peer);
+    if (request.rail >= source.in_flight.size() || !source.peers.contains(request.peer) ||
+        request.local_offset + request.bytes > source.memory.size() ||
+        request.remote_offset + request.bytes > target.memory.size()) {
+      throw std::logic_error("loopback: a write to a wrong rail, peer or address");
+    }
+    const Fault fault = rule_ ? rule_(source.rank, request) : Fault::kNone;
+    if (fault == Fault::kRefuse || source.in_flight[request.rail] == description_.send_queue_depth) {
+      ++source.traffic.refusals;
+      return PostResult::kAgain;
+    }
+    Write write{&source, &target, request, {}, true, fault != Fault::kNeverComplete, {}};
+    if (fault == Fault::kFail || !target.peers.contains(source.rank)) {
+      write.arrives = false;
+      write.error = "the loopback network failed this write";
+    } else {
+      for (uint32_t begin = 0; begin < request.bytes;) {
+        const uint32_t end = begin + 1 + below(request.bytes - begin);
+        write.pieces.emplace_back(begin, end);
+        begin = end;
+      }
+    }
+    writes_.push_back(std::move(write));
+    ++source.in_flight[request.rail];
+    ++source.traffic.writes;
+    source.traffic.bytes += request.bytes;
+    uint32_t& outstanding = source.traffic.outstanding[request.peer];
+    uint32_t& most = source.traffic.most_outstanding[request.peer];
+    most = std::max(most, ++outstanding);
+    return PostResult::kPosted;
+  }
+
+  size_t poll(Endpoint& endpoint, std::span<Completion> completions) {
+    const std::lock_guard lock(mutex_);
+    for (uint32_t steps = 1 + below(16); steps > 0 && !writes_.empty(); --steps) step();
+    size_t count = 0;
+    for (size_t most = 1 + below(8); count < std::min(most, completions.size()); ++count) {
+      if (endpoint.events.empty()) break;
+      const auto event = take(endpoint.events);
+      completions[count] = event.completion;
+      if (event.completion.kind == CompletionKind::kArrival) {
+        ++endpoint.traffic.arrivals;
+      } else {
+        ++endpoint.traffic.completions;
+        --endpoint.in_flight[event.rail];
+        --endpoint.traffic.outstanding[event.peer];
+      }
+    }
+    return count;
+  }
+
+  // One thing happens to one write.
+  void step() {
+    const size_t chosen = below(writes_.size());
+    Write& write = writes_[chosen];
+    const WriteRequest& request = write.request;
+    if (!write.pieces.empty()) {
+      const auto [begin, end] = take(write.pieces);
+      std::memcpy(write.target->memory.data() + request.remote_offset + begin,
+                  write.source->memory.data() + request.local_offset + begin, end - begin);
+      return;
+    }
+    if (write.arrives && (!write.completes || below(2) == 0)) {
+      write.arrives = false;
+      write.target->events.push_back({{CompletionKind::kArrival, 0, request.immediate, {}}, 0, 0});
+    } else if (write.completes) {
+      write.completes = false;
+      const auto kind = write.error.empty() ? CompletionKind::kWriteDone : CompletionKind::kError;
+      write.source->events.push_back({{kind, request.context, 0, write.error}, request.rail, request.peer});
+    }
+    if (!write.arrives && !write.completes) take(writes_, chosen);
+  }
+
+  uint32_t below(size_t bound) { return static_cast<uint32_t>(random_() % bound); }
+  template <class T>
+  T take(std::vector<T>& from, size_t index) {
+    std::swap(from[index], from.back());
+    T taken = std::move(from.back());
+    from.pop_back();
+    return taken;
+  }
+  template <class T>
+  T take(std::vector<T>& from) {
+    return take(from, below(from.size()));
+  }
+
+  std::mutex mutex_;
+  std::mt19937_64 random_;
+  FabricDescription description_;
+  Rule rule_;
+  std::vector<std::unique_ptr<Endpoint>> endpoints_;
+  std::vector<Write> writes_;
+};
+
+}  // namespace efa_ep

@@ -1,0 +1,36 @@
+// What the tests have in common with their environment: seeds, size, patience.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace efa_ep {
+
+/// The seed of a random test: EFA_EP_TEST_SEED, or the test's own, so that runs repeat. Failures print it.
+inline uint64_t test_seed(uint64_t own) {
+  const char* text = std::getenv("EFA_EP_TEST_SEED");
+  return text == nullptr ? own : std::stoull(text);
+}
+
+/// EFA_EP_TEST_LONG=1 asks for more seeds and rounds than fit into every run.
+inline uint32_t amount(uint32_t usual, uint32_t extended) {
+  const char* text = std::getenv("EFA_EP_TEST_LONG");
+  return text != nullptr && std::string(text) == "1" ? extended : usual;
+}
+
+/// The deadline of a test's own waiting: far longer than any wait that ends, so that a hang is a failure.
+class Patience {
+ public:
+  void check() const {
+    if (std::chrono::steady_clock::now() > end_) throw std::runtime_error("waited for a minute in vain");
+  }
+
+ private:
+  const std::chrono::steady_clock::time_point end_ =
+      std::chrono::steady_clock::now() + std::chrono::minutes(1);
+};
+
+}  // namespace efa_ep
