@@ -82,7 +82,7 @@ class AllToAll:
         self._settings = settings
         self._failure: EfaEpError | None = None
         self.world = join_world(bootstrap, _must_agree(config, settings), settings.ranks_per_node)
-        config.check(self.world.size)
+        config.check(self.world.size, self.world.ranks_per_node)
         placement = config.placement(self.world.size)
         self.local_experts = experts_of(placement, self.world.rank)
         layout = config.core_layout(self.world.size, self.world.ranks_per_node)
@@ -145,7 +145,8 @@ class AllToAll:
             ConfigurationError: Too many tokens, an id out of range, a wrong shape or dtype; nothing was sent.
 
         """
-        tokens = x.shape[0]
+        self._check_channel(channel)
+        tokens = x.shape[0] if x.ndim > 0 else 0
         config = self.config
         x = _checked("x", x, (tokens, config.columns), (config.dtype,))
         topk_ids = _checked("topk_ids", topk_ids, (tokens, config.top_k), (torch.int32, torch.int64))
@@ -330,7 +331,15 @@ class AllToAll:
             raise ConfigurationError("this AllToAll is closed; build a new one")
         return self._connection, self._device
 
+    def _check_channel(self, channel: int) -> None:
+        if not 0 <= channel < self.config.channels:
+            raise ConfigurationError(
+                f"channel {channel} does not exist; use 0 to {self.config.channels - 1}, or set "
+                "AllToAllConfig.channels"
+            )
+
     def _check_handle(self, handle: Handle) -> None:
+        self._check_channel(handle.channel)
         if handle.round != self._rounds[handle.channel]:
             raise ConfigurationError(
                 f"the handle is of round {handle.round}, but channel {handle.channel} is in round "

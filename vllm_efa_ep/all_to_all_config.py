@@ -73,9 +73,7 @@ class AllToAllConfig:
 
     def memory_plan(self, world_size: int, ranks_per_node: int) -> MemoryPlan:
         """Return the memory one rank of such a world takes, without allocating any."""
-        self.check(world_size)
-        if ranks_per_node < 1 or world_size % ranks_per_node:
-            raise ConfigurationError(f"{world_size} ranks do not divide into nodes of {ranks_per_node}")
+        self.check(world_size, ranks_per_node)
         return MemoryPlan.of(self.core_layout(world_size, ranks_per_node))
 
     def core_layout(self, world_size: int, ranks_per_node: int) -> _core.Layout:
@@ -91,10 +89,17 @@ class AllToAllConfig:
             channels=self.channels,
         )
 
-    def check(self, world_size: int) -> None:
+    def check(self, world_size: int, ranks_per_node: int) -> None:
         """Raise ``ConfigurationError`` for the first value outside the protocol's bounds."""
         limits = _core.limits()
         _check_range("world size", world_size, 1, limits["ranks"])
+        _check_range("ranks per node", ranks_per_node, 1, world_size)
+        if world_size % ranks_per_node:
+            raise ConfigurationError(
+                f"{world_size} ranks do not divide into nodes of {ranks_per_node}; use a divisor of "
+                f"{world_size}"
+            )
+        _check_range("number of nodes", world_size // ranks_per_node, 1, limits["nodes"])
         _check_range("num_experts", self.num_experts, 1, limits["experts"])
         _check_range("top_k", self.top_k, 1, limits["top_k"])
         _check_range("max_tokens_per_rank", self.max_tokens_per_rank, 1, limits["tokens_per_rank"])
@@ -121,6 +126,8 @@ class AllToAllConfig:
                 f"expert_to_rank has {len(self.expert_to_rank)} entries for {self.num_experts} experts; "
                 "give one owner per expert"
             )
+        for expert, owner in enumerate(self.placement(world_size)):
+            _check_range(f"expert_to_rank[{expert}]", owner, 0, world_size - 1)
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

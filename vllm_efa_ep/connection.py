@@ -1,6 +1,7 @@
 """What connects one rank to its world: its arena, its node's arenas, and its fabric with a proxy."""
 
 import os
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from vllm_efa_ep import _core
@@ -81,45 +82,41 @@ def connect(
     arenas = _share_memory(world, layout, bootstrap, timeout_s)
     if world.nodes == 1:
         return Connection(arenas, world.index, None, None)
-    fabric = _join_fabric(world, arenas[world.index], bootstrap, settings)
-    proxy = _core.Proxy(
-        fabric=fabric,
-        arena=arenas[world.index],
-        layout=layout,
-        rank=world.rank,
-        chunk_bytes=settings.chunk_bytes,
-        ring_commands=settings.ring_commands,
-        timeout_s=timeout_s,
-    )
+    fabric, proxy = _join_fabric(world, arenas[world.index], layout, bootstrap, settings, timeout_s)
     return Connection(arenas, world.index, fabric, proxy)
 
 
 def _share_memory(
     world: World, layout: _core.Layout, bootstrap: Bootstrap, timeout_s: float
 ) -> list[_core.Arena]:
-    def allocate() -> tuple[tuple[_core.Arena, DescriptorExchange], bytes]:
-        exchange = DescriptorExchange(world.index, world.ranks_per_node)
-        return (_core.Arena.create(layout.total_bytes), exchange), exchange.name.encode()
+    with ExitStack() as cleanup:
 
-    (own, exchange), told = agree(bootstrap, "allocating memory", allocate)
-    names = [told[rank].decode() for rank in world.node_ranks]
+        def allocate() -> tuple[tuple[_core.Arena, DescriptorExchange], bytes]:
+            exchange = cleanup.enter_context(closing(DescriptorExchange(world.index, world.ranks_per_node)))
+            return (_core.Arena.create(layout.total_bytes), exchange), exchange.name.encode()
 
-    def map_peers() -> tuple[dict[int, _core.Arena], bytes]:
-        arenas = {world.index: own}
-        for index, descriptor in exchange.exchange(own.descriptor, names, timeout_s).items():
-            try:
-                arenas[index] = _core.Arena.map(descriptor, layout.total_bytes)
-            finally:
-                os.close(descriptor)
-        return arenas, b""
+        (own, exchange), told = agree(bootstrap, "allocating memory", allocate)
+        names = [told[rank].decode() for rank in world.node_ranks]
 
-    arenas, _ = agree(bootstrap, "sharing memory inside the node", map_peers)
-    return [arenas[index] for index in range(world.ranks_per_node)]
+        def map_peers() -> tuple[dict[int, _core.Arena], bytes]:
+            descriptors = exchange.exchange(own.descriptor, names, timeout_s)
+            for descriptor in descriptors.values():
+                cleanup.callback(os.close, descriptor)
+            peers = {index: _core.Arena.map(each, layout.total_bytes) for index, each in descriptors.items()}
+            return {world.index: own, **peers}, b""
+
+        arenas, _ = agree(bootstrap, "sharing memory inside the node", map_peers)
+        return [arenas[index] for index in range(world.ranks_per_node)]
 
 
 def _join_fabric(
-    world: World, arena: _core.Arena, bootstrap: Bootstrap, settings: Settings
-) -> _core.LibfabricFabric:
+    world: World,
+    arena: _core.Arena,
+    layout: _core.Layout,
+    bootstrap: Bootstrap,
+    settings: Settings,
+    timeout_s: float,
+) -> tuple[_core.LibfabricFabric, _core.Proxy]:
     def open_fabric() -> tuple[_core.LibfabricFabric, bytes]:
         fabric = _core.LibfabricFabric(
             provider=settings.provider,
@@ -135,11 +132,20 @@ def _join_fabric(
 
     fabric, addresses = agree(bootstrap, "opening the fabric", open_fabric)
 
-    def connect_rail() -> tuple[None, bytes]:
+    def connect_rail() -> tuple[_core.Proxy, bytes]:
         for rank in world.rail_peers:
             fabric.connect(rank, addresses[rank])
-        return None, b""
+        proxy = _core.Proxy(
+            fabric=fabric,
+            arena=arena,
+            layout=layout,
+            rank=world.rank,
+            chunk_bytes=settings.chunk_bytes,
+            ring_commands=settings.ring_commands,
+            timeout_s=timeout_s,
+        )
+        return proxy, b""
 
     # Nobody writes before every target knows every initiator: EFA drops writes of strangers.
-    agree(bootstrap, "connecting the rails", connect_rail)
-    return fabric
+    proxy, _ = agree(bootstrap, "connecting the rails", connect_rail)
+    return fabric, proxy

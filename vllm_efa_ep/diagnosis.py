@@ -57,7 +57,7 @@ def explain(bootstrap: Bootstrap, error: EfaEpError, grace_s: float) -> str:
         bootstrap.publish(_key(bootstrap.rank), json.dumps([report.what, report.missing]))
         reports = _collect(bootstrap, report, grace_s)
     except EfaEpError as bootstrap_error:
-        return f"Who else waits is unknown: {bootstrap_error}; its host (usually rank 0) is gone"
+        return f"Who else waits is unknown: {bootstrap_error}; its host (usually rank 0) is dead or stuck"
     return describe(bootstrap.rank, reports)
 
 

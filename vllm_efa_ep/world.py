@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_efa_ep.bootstrap import Bootstrap
-from vllm_efa_ep.errors import ConfigurationError, EfaEpError
+from vllm_efa_ep.errors import ConfigurationError
 
 Kept = TypeVar("Kept")
 
@@ -81,14 +81,14 @@ def agree(
         What this rank keeps, and what every rank told.
 
     Raises:
-        EfaEpError: ``contribute`` raised it here.
+        Exception: ``contribute`` raised it here.
         ConfigurationError: It raised on another rank; the message names that rank and its reason.
 
     """
     try:
         kept, message = contribute()
-    except EfaEpError as error:
-        bootstrap.all_gather(b"-" + str(error).encode())
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        bootstrap.all_gather(b"-" + f"{type(error).__name__}: {error}".encode())
         raise
     answers = bootstrap.all_gather(b"+" + message)
     refusals = [

@@ -4,6 +4,7 @@ import os
 import secrets
 import socket
 import struct
+from contextlib import ExitStack
 
 from vllm_efa_ep.errors import ConfigurationError
 
@@ -14,7 +15,7 @@ _CREDENTIALS = struct.Struct("=iII")
 class DescriptorExchange:
     """One rank's end: an abstract Unix socket, which leaves nothing behind in any file system.
 
-    Build it, let the peers know ``name`` by other means, then call ``exchange``.
+    Build it, let the peers know ``name`` by other means, then call ``exchange`` and ``close``.
     """
 
     def __init__(self, index: int, size: int) -> None:
@@ -34,25 +35,28 @@ class DescriptorExchange:
 
         """
         received: dict[int, int] = {}
-        try:
-            for index, name in enumerate(names):
-                if index != self._index:
-                    self._send(descriptor, name, timeout_s)
-            while len(received) < self._size - 1:
-                index, peer_descriptor = self._receive(timeout_s)
-                received[index] = peer_descriptor
-        except OSError as error:
-            for peer_descriptor in received.values():
-                os.close(peer_descriptor)
-            missing = sorted(set(range(self._size)) - set(received) - {self._index})
-            raise ConfigurationError(
-                f"local ranks with index {missing} did not share their memory within {timeout_s:g} s "
-                f"({error}); they must run on this host and in the same network namespace, or set "
-                "EFA_EP_RANKS_PER_NODE=1"
-            ) from error
-        finally:
-            self._listener.close()
+        with ExitStack() as on_error:
+            try:
+                for index, name in enumerate(names):
+                    if index != self._index:
+                        self._send(descriptor, name, timeout_s)
+                while len(received) < self._size - 1:
+                    index, peer_descriptor = self._receive(timeout_s)
+                    on_error.callback(os.close, peer_descriptor)
+                    received[index] = peer_descriptor
+            except OSError as error:
+                missing = sorted(set(range(self._size)) - set(received) - {self._index})
+                raise ConfigurationError(
+                    f"local ranks with index {missing} did not share their memory within {timeout_s:g} s "
+                    f"({error}); they must run on this host and in the same network namespace, or set "
+                    "EFA_EP_RANKS_PER_NODE=1"
+                ) from error
+            on_error.pop_all()
         return received
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._listener.close()
 
     def _send(self, descriptor: int, name: str, timeout_s: float) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:

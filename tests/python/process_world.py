@@ -1,0 +1,155 @@
+"""Worlds whose ranks are real processes joined by torch.distributed (gloo), for what threads cannot show.
+
+Processes are forked from a server that has imported torch once, so a world starts in a fraction of a second.
+"""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vllm_efa_ep.bootstrap.torch import TorchBootstrap
+
+DEADLINE_S = 60.0
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "vllm_efa_ep.all_to_all"])
+
+
+class Rank:
+    """What a rank's body gets: its bootstrap, and a line to the test."""
+
+    def __init__(self, bootstrap: TorchBootstrap, line: Connection) -> None:
+        """Keep both."""
+        self.bootstrap = bootstrap
+        self._line = line
+
+    def tell(self, event: str) -> None:
+        """Let the test know that something happened."""
+        self._line.send(("event", event))
+
+    def await_go(self) -> None:
+        """Wait until the test says so."""
+        assert self._line.poll(DEADLINE_S), "the test never said go"
+        self._line.recv()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank's body ended: with a value, or with an error."""
+
+    value: Any = None
+    error: str | None = None
+    message: str = ""
+
+
+def _main(
+    rank: int, size: int, line: Connection, body: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        line.send(("port", store.port))
+    else:
+        store = dist.TCPStore("127.0.0.1", line.recv(), is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    try:
+        ended = Ended(body(Rank(TorchBootstrap(dist.group.WORLD, store), line), *arguments))
+    except BaseException as error:  # handed to the test, whatever it is
+        ended = Ended(None, type(error).__name__, str(error))
+    line.send(("ended", ended))
+    # The store lives in rank 0, so nobody leaves before the test has heard everybody it waits for.
+    line.poll(DEADLINE_S)
+
+
+class ProcessWorld:
+    """``size`` processes that run ``body(rank, *arguments)``; its ``with`` block ends them all."""
+
+    def __init__(self, size: int, body: Callable[..., Any], *arguments: Any) -> None:
+        """Start the processes."""
+        pipes = [_context.Pipe() for _ in range(size)]
+        self._lines = [near for near, _ in pipes]
+        self.processes = [
+            _context.Process(target=_main, args=(rank, size, far, body, arguments), daemon=True)
+            for rank, (_, far) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+        for _, far in pipes:
+            far.close()
+        port = self._next(0, "port")
+        for line in self._lines[1:]:
+            line.send(port)
+
+    def __enter__(self) -> "ProcessWorld":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End what still runs."""
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()  # reaches stopped processes as well
+        for process in self.processes:
+            process.join(DEADLINE_S)
+        for line in self._lines:
+            line.close()
+
+    def hear(self, rank: int, event: str) -> None:
+        """Wait until ``rank`` tells ``event``."""
+        assert self._next(rank, "event") == event
+
+    def go(self, rank: int) -> None:
+        """Let ``rank`` return from ``await_go``."""
+        self._lines[rank].send("go")
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal."""
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def ended(self, rank: int) -> Ended:
+        """Wait until the body of ``rank`` ends."""
+        return self._next(rank, "ended")  # type: ignore[no-any-return]
+
+    def exit_codes(self, ranks: list[int]) -> list[int | None]:
+        """Let ``ranks``, whose bodies have ended, exit, and return their exit codes."""
+        for rank in ranks:
+            self.go(rank)
+        deadline = time.monotonic() + DEADLINE_S
+        for rank in ranks:
+            self.processes[rank].join(max(0.0, deadline - time.monotonic()))
+        return [self.processes[rank].exitcode for rank in ranks]
+
+    def _next(self, rank: int, kind: str) -> Any:
+        line = self._lines[rank]
+        assert line.poll(DEADLINE_S), f"rank {rank} said nothing for {DEADLINE_S:g} s; {kind} was expected"
+        try:
+            got_kind, value = line.recv()
+        except EOFError:
+            raise AssertionError(f"rank {rank} died without a word; {kind} was expected") from None
+        assert got_kind == kind, f"rank {rank} said {got_kind} {value!r}; {kind} was expected"
+        return value
+
+
+def run_processes(size: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Run a world to its end and return the ranks' values."""
+    with ProcessWorld(size, body, *arguments) as world:
+        ended = [world.ended(rank) for rank in range(size)]
+        failed = [
+            f"rank {rank}: {e.error}: {e.message}" for rank, e in enumerate(ended) if e.error is not None
+        ]
+        assert not failed, "; ".join(failed)
+        assert world.exit_codes(list(range(size))) == [0] * size
+        return [e.value for e in ended]

@@ -1,0 +1,488 @@
+"""Bad configurations and bad calls: refused with value, limit and remedy; nothing moves, and life goes on."""
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from process_world import Rank, run_processes
+from thread_world import Outcome, ThreadBootstrap, outcomes_of_ranks, run_world, settings_of
+
+from vllm_efa_ep import AllToAll, AllToAllConfig, Handle, __version__, connection, world
+from vllm_efa_ep.config import Settings
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError, FabricUnavailableError
+
+_CONFIG = AllToAllConfig(64, 8, 2, 16, scale_columns=2)
+_SETTINGS = settings_of(ranks_per_node=1)
+
+
+@contextmanager
+def _nothing_left() -> Iterator[None]:
+    """Check that no descriptor, mapping or thread stays behind."""
+
+    def open_things() -> tuple[list[str], int, int]:
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text()
+        descriptors = sorted(path.name for path in Path("/proc/self/fd").iterdir())
+        return descriptors, maps.count("efa_ep_arena"), len(list(Path("/proc/self/task").iterdir()))
+
+    before = open_things()
+    yield
+    assert open_things() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 60}, ["60 x torch.bfloat16", "120 bytes", "multiple of 8"]),
+        ({"hidden_size": 0}, ["hidden_size is 0", "1 to"]),
+        ({"num_experts": 0}, ["num_experts is 0", "1 to 4096"]),
+        ({"num_experts": 4097}, ["num_experts is 4097", "1 to 4096"]),
+        ({"top_k": 0}, ["top_k is 0", "1 to 32"]),
+        ({"top_k": 33}, ["top_k is 33", "1 to 32"]),
+        ({"max_tokens_per_rank": 0}, ["max_tokens_per_rank is 0", "1 to 65535"]),
+        ({"max_tokens_per_rank": 65536}, ["max_tokens_per_rank is 65536", "1 to 65535"]),
+        ({"channels": 0}, ["channels is 0", "1 to 2"]),
+        ({"channels": 3}, ["channels is 3", "1 to 2"]),
+        ({"scale_columns": -1}, ["scale_columns is -1", "0 to"]),
+        ({"payload_columns": 0}, ["payload_columns is 0", "1 to"]),
+        ({"payload_columns": 7, "dtype": torch.uint8}, ["7 x torch.uint8", "multiple of 16"]),
+        ({"dtype": torch.int64}, ["dtype is torch.int64", "torch.bfloat16", "torch.float8_e4m3fn"]),
+        ({"combine_dtype": torch.float64}, ["combine_dtype is torch.float64", "torch.float32"]),
+        ({"layout": "batched"}, ["layout is 'batched'", "per_token", "per_expert"]),
+        (
+            {"expert_to_rank": (0,) * 7},
+            ["expert_to_rank has 7 entries for 8 experts", "one owner per expert"],
+        ),
+        ({"expert_to_rank": (0, 1, 2, 0, 0, 0, 0, 0)}, ["expert_to_rank[2] is 2", "0 to 1"]),
+        ({"expert_to_rank": (0, 1, 0, -1, 0, 0, 0, 0)}, ["expert_to_rank[3] is -1", "0 to 1"]),
+    ],
+)
+def test_a_bad_configuration_is_refused(changes: dict[str, Any], words: list[str]) -> None:
+    """By all ranks, before anything is allocated, and by the memory plan."""
+    config = replace(_CONFIG, **changes)
+    with _nothing_left():
+        errors = [str(outcome.error) for outcome in _start(2, config) if _refused(outcome)]
+    with pytest.raises(ConfigurationError) as planned:
+        config.memory_plan(2, 1)
+    assert len(errors) == 2
+    for text in (*errors, str(planned.value)):
+        for word in words:
+            assert word in text
+
+
+def _refused(outcome: Outcome[None]) -> bool:
+    return isinstance(outcome.error, ConfigurationError)
+
+
+def _start(
+    size: int,
+    config: AllToAllConfig | Callable[[int], AllToAllConfig] = _CONFIG,
+    settings: Settings | Callable[[int], Settings] = _SETTINGS,
+    bootstrap_of: Callable[[ThreadBootstrap], ThreadBootstrap] = lambda bootstrap: bootstrap,
+) -> list[Outcome[None]]:
+    """Build and close an instance on every rank."""
+
+    def body(bootstrap: ThreadBootstrap) -> None:
+        rank = bootstrap.rank
+        own_config = config if isinstance(config, AllToAllConfig) else config(rank)
+        own_settings = settings if isinstance(settings, Settings) else settings(rank)
+        AllToAll(own_config, bootstrap_of(bootstrap), own_settings).close()
+
+    return outcomes_of_ranks(size, body)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the bad calls are made from."""
+
+    all_to_all: AllToAll
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    scales: torch.Tensor
+
+    def send(self, **changes: Any) -> Handle:
+        """Dispatch, with some arguments changed."""
+        arguments = {
+            "x": self.x,
+            "topk_ids": self.ids,
+            "topk_weights": self.weights,
+            "scales": self.scales,
+            **changes,
+        }
+        return self.all_to_all.dispatch_send(**arguments)
+
+    def finish(self, handle: Handle) -> None:
+        """Do the rest of the round and check it: every token goes to experts 0 and 7, which return it."""
+        got = self.all_to_all.dispatch_recv(handle)
+        assert len(got.x) == 2 * len(self.x)
+        assert torch.equal(self.all_to_all.combine(got.x, handle), 2 * self.x)
+
+
+def _in_a_world(bad_calls: Callable[[Round], None]) -> None:
+    """Make bad calls on each of two nodes, then play a good round."""
+
+    def body(all_to_all: AllToAll) -> None:
+        tokens = 4
+        good = Round(
+            all_to_all,
+            torch.full((tokens, 64), 1.5, dtype=torch.bfloat16),
+            torch.tensor([[0, 7]]).repeat(tokens, 1),
+            torch.ones(tokens, 2),
+            torch.ones(tokens, 2),
+        )
+        good.finish(good.send())
+        bad_calls(good)
+        good.finish(good.send())
+
+    run_world(_CONFIG, 2, settings_of(1), body)
+
+
+def _moved(all_to_all: AllToAll) -> tuple[int, ...]:
+    stats = all_to_all.stats()
+    return (
+        stats.rounds,
+        stats.tokens,
+        stats.received_rows,
+        stats.network_rows,
+        stats.peer_rows,
+        stats.writes,
+    )
+
+
+def _check_refused(all_to_all: AllToAll, call: Callable[[], object], words: list[str]) -> None:
+    before = _moved(all_to_all)
+    with pytest.raises(ConfigurationError) as refused:
+        call()
+    for word in words:
+        assert word in str(refused.value)
+    assert _moved(all_to_all) == before
+
+
+def _ones(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+_LONG = torch.int64
+_BAD_DISPATCHES = {
+    "too many tokens": (
+        {
+            "x": _ones(17, 64),
+            "topk_ids": _ones(17, 2, dtype=_LONG),
+            "topk_weights": _ones(17, 2, dtype=torch.float32),
+            "scales": _ones(17, 2, dtype=torch.float32),
+        },
+        ["17 tokens", "max_tokens_per_rank is 16", "send fewer"],
+    ),
+    "x dtype": ({"x": _ones(4, 64, dtype=torch.float32)}, ["x has dtype torch.float32", "torch.bfloat16"]),
+    "x columns": ({"x": _ones(4, 72)}, ["x has shape [4, 72]", "[4, 64]"]),
+    "x one-dimensional": ({"x": _ones(4)}, ["x has shape [4]", "[4, 64]"]),
+    "x scalar": ({"x": _ones()}, ["x has shape []"]),
+    "x device": ({"x": _ones(4, 64, device="meta")}, ["x is on meta", "cpu"]),
+    "ids dtype": ({"topk_ids": _ones(4, 2)}, ["topk_ids has dtype torch.bfloat16", "int32 or torch.int64"]),
+    "ids shape": ({"topk_ids": _ones(4, 3, dtype=_LONG)}, ["topk_ids has shape [4, 3]", "[4, 2]"]),
+    "id too large": ({"topk_ids": torch.tensor([[0, 1]] * 3 + [[7, 8]])}, ["topk_ids[3, 1] is 8", "0 to 7"]),
+    "id too small": (
+        {"topk_ids": torch.tensor([[0, 1]] * 3 + [[-2, 7]])},
+        ["topk_ids[3, 0] is -2", "-1 drops"],
+    ),
+    "id beyond 32 bits": ({"topk_ids": torch.tensor([[0, 2**32]] * 4)}, ["topk_ids[0, 1] is 4294967296"]),
+    "weights dtype": (
+        {"topk_weights": _ones(4, 2)},
+        ["topk_weights has dtype torch.bfloat16", "torch.float32"],
+    ),
+    "weights shape": (
+        {"topk_weights": _ones(2, 4, dtype=torch.float32)},
+        ["topk_weights has shape [2, 4]", "[4, 2]"],
+    ),
+    "no scales": ({"scales": None}, ["scales are missing", "scale_columns is 2"]),
+    "scales shape": ({"scales": _ones(4, 3, dtype=torch.float32)}, ["scales has shape [4, 3]", "[4, 2]"]),
+    "channel": ({"channel": 1}, ["channel 1", "use 0 to 0"]),
+    "negative channel": ({"channel": -1}, ["channel -1", "use 0 to 0"]),
+}
+
+
+@pytest.mark.parametrize("name", _BAD_DISPATCHES)
+def test_a_bad_dispatch_is_refused(name: str) -> None:
+    """The next round does not notice."""
+    changes, words = _BAD_DISPATCHES[name]
+    _in_a_world(lambda good: _check_refused(good.all_to_all, lambda: good.send(**changes), words))
+
+
+def test_superfluous_scales_are_refused() -> None:
+    """They would be dropped in silence."""
+
+    def body(all_to_all: AllToAll) -> None:
+        ids, weights = torch.zeros(1, 2, dtype=_LONG), torch.ones(1, 2)
+        words = ["scales are given", "scale_columns is 0"]
+        _check_refused(
+            all_to_all, lambda: all_to_all.dispatch_send(_ones(1, 64), ids, weights, weights), words
+        )
+
+    run_world(replace(_CONFIG, scale_columns=0), 1, settings_of(1), body)
+
+
+def test_a_bad_combine_is_refused() -> None:
+    """The round goes on with a good one."""
+
+    def bad_calls(good: Round) -> None:
+        all_to_all = good.all_to_all
+        handle = good.send()
+        rows = all_to_all.dispatch_recv(handle).x
+        meta = torch.empty_like(rows, device="meta")
+        for output, applied, words in (
+            (rows[1:], None, ["expert_output has shape [7, 64]", "[8, 64]"]),
+            (rows.float(), None, ["expert_output has dtype torch.float32", "torch.bfloat16"]),
+            (rows[:, None].expand(8, 3, 64), None, ["expert_output has shape [8, 3, 64]", "[8, 2, 64]"]),
+            (rows[0], None, ["expert_output has shape [64]", "[8, 64]"]),
+            (rows, False, ["summed over experts", "[M, K, H]"]),
+            (meta, None, ["expert_output is on meta", "cpu"]),
+        ):
+            call = lambda o=output, a=applied: all_to_all.combine_send(o, handle, a)  # noqa: E731
+            _check_refused(all_to_all, call, words)
+        all_to_all.combine_send(rows, handle)
+        for out, words in (
+            (_ones(5, 64), ["out has shape [5, 64]", "[4, 64]"]),
+            (_ones(4, 64, dtype=torch.float16), ["out has dtype torch.float16", "torch.bfloat16"]),
+            (_ones(4, 64, device="meta"), ["out is on meta", "cpu"]),
+            (_ones(64, 4).T, ["out must be contiguous"]),
+        ):
+            _check_refused(all_to_all, lambda o=out: all_to_all.combine_recv(handle, o), words)
+        assert torch.equal(all_to_all.combine_recv(handle), 2 * good.x)
+
+    _in_a_world(bad_calls)
+
+
+def test_halves_out_of_turn_are_refused() -> None:
+    """Each half of a round once, in order."""
+
+    def bad_calls(good: Round) -> None:
+        all_to_all = good.all_to_all
+        halves: dict[str, Callable[[], object]] = {
+            "dispatch_send": good.send,
+            "dispatch_recv": lambda: all_to_all.dispatch_recv(handle),
+            "combine_send": lambda: all_to_all.combine_send(rows, handle),
+            "combine_recv": lambda: all_to_all.combine_recv(handle),
+        }
+
+        def refuse_all_but(turn: str) -> None:
+            for name, half in halves.items():
+                # The rows of a wrong moment may be refused for their shape first.
+                words = ["out of turn", "channel 0"] if name != "combine_send" else []
+                if name != turn:
+                    _check_refused(all_to_all, half, words)
+
+        handle = good.send()
+        rows = _ones(8, 64)
+        refuse_all_but("dispatch_recv")
+        rows = all_to_all.dispatch_recv(handle).x
+        refuse_all_but("combine_send")
+        all_to_all.combine_send(rows, handle)
+        refuse_all_but("combine_recv")
+        all_to_all.combine_recv(handle)
+        refuse_all_but("dispatch_send")
+
+    _in_a_world(bad_calls)
+
+
+def test_foreign_handles_are_refused() -> None:
+    """One of an earlier round, and one of a channel that does not exist."""
+
+    def bad_calls(good: Round) -> None:
+        all_to_all = good.all_to_all
+        old = good.send()
+        good.finish(old)
+        handle = good.send()
+        for wrong, words in (
+            (old, [f"of round {old.round}", f"in round {handle.round}", "drop it"]),
+            (replace(handle, channel=1), ["channel 1", "use 0 to 0"]),
+            (replace(handle, channel=-1), ["channel -1", "use 0 to 0"]),
+        ):
+            _check_refused(all_to_all, lambda w=wrong: all_to_all.dispatch_recv(w), words)
+            _check_refused(all_to_all, lambda w=wrong: all_to_all.combine_send(_ones(8, 64), w), words)
+            _check_refused(all_to_all, lambda w=wrong: all_to_all.combine_recv(w), words)
+        good.finish(handle)
+
+    _in_a_world(bad_calls)
+
+
+def test_a_closed_instance_refuses_everything() -> None:
+    """Closing twice is fine."""
+
+    def body(all_to_all: AllToAll) -> None:
+        x, ids, weights, scales = (
+            _ones(1, 64),
+            torch.zeros(1, 2, dtype=_LONG),
+            torch.ones(1, 2),
+            torch.ones(1, 2),
+        )
+        handle = all_to_all.dispatch_send(x, ids, weights, scales)
+        all_to_all.combine(all_to_all.dispatch_recv(handle).x, handle)
+        all_to_all.close()
+        all_to_all.close()
+        for call in (
+            lambda: all_to_all.dispatch_send(x, ids, weights, scales),
+            lambda: all_to_all.dispatch_recv(handle),
+            lambda: all_to_all.combine_recv(handle),
+            all_to_all.stats,
+        ):
+            with pytest.raises(ConfigurationError, match="closed; build a new one"):
+                call()
+
+    with _nothing_left():
+        run_world(_CONFIG, 2, settings_of(1), body)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"max_tokens_per_rank": 17}, "max_tokens_per_rank"),
+        ({"hidden_size": 128}, "hidden_size"),
+        ({"dtype": torch.float16}, "dtype"),
+        ({"layout": "per_expert"}, "layout"),
+        ({"expert_to_rank": (0, 1) * 4}, "expert_to_rank"),
+        ({"channels": 2}, "channels"),
+    ],
+)
+def test_ranks_with_unequal_configurations_are_refused(change: dict[str, Any], name: str) -> None:
+    """All ranks name the value and both sides."""
+    other = replace(_CONFIG, **change)
+    with _nothing_left():
+        outcomes = _start(3, lambda rank: other if rank == 2 else _CONFIG)
+        _all_say(outcomes, [f"ranks disagree about {name}", "rank 0 has", "rank 2 has"])
+        del outcomes
+
+
+def _all_say(outcomes: list[Outcome[None]], words: list[str]) -> None:
+    for outcome in outcomes:
+        assert _refused(outcome), outcome
+        for word in words:
+            assert word in str(outcome.error)
+
+
+def test_ranks_with_unequal_settings_are_refused() -> None:
+    """Where the protocol needs equal values, also through the fabric's addresses."""
+    with _nothing_left():
+        chunks = _start(2, settings=lambda rank: settings_of(1, chunk_bytes=1000 + rank))
+        _all_say(chunks, ["EFA_EP_CHUNK_BYTES", "rank 0 has 1000", "rank 1 has 1001"])
+        nodes = _start(2, settings=lambda rank: settings_of(1 + rank))
+        _all_say(nodes, ["EFA_EP_RANKS_PER_NODE", "rank 0 has 1", "rank 1 has 2"])
+        nics = _start(2, settings=lambda rank: settings_of(1, nics_per_rank=1 + rank))
+        assert all(isinstance(outcome.error, EfaEpError) for outcome in nics)
+        assert any("NIC" in str(outcome.error) or "rail" in str(outcome.error) for outcome in nics)
+        del chunks, nodes, nics
+
+
+def test_ranks_with_unequal_versions_are_refused() -> None:
+    """A rank of another release may speak another protocol."""
+
+    def as_other_release(bootstrap: ThreadBootstrap) -> Any:
+        def all_gather(payload: bytes) -> list[bytes]:
+            return bootstrap.all_gather(payload.replace(f'"{__version__}"'.encode(), b'"0.0.0"'))
+
+        own = {"rank": bootstrap.rank, "world_size": bootstrap.world_size, "all_gather": all_gather}
+        return SimpleNamespace(**own) if bootstrap.rank == 1 else bootstrap
+
+    _all_say(_start(2, bootstrap_of=as_other_release), ["version", "rank 1 has '0.0.0'"])
+
+
+def test_two_ranks_with_one_id_are_refused() -> None:
+    """All ranks name both."""
+    outcomes = _start(3, bootstrap_of=lambda bootstrap: bootstrap.claiming(bootstrap.rank % 2))
+    _all_say(outcomes, ["claim rank 0", "numbers 0 and 2"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"provider": "nonesuch"}, ConfigurationError, ['EFA_EP_PROVIDER is "nonesuch"', "tcp"]),
+        ({"interface": "nonesuch"}, ConfigurationError, ['EFA_EP_INTERFACE is "nonesuch"', "lo"]),
+        ({"nics_per_rank": 65}, ConfigurationError, ["EFA_EP_NICS_PER_RANK is 65", "64"]),
+        (
+            {"libfabric": "/nonexistent/libfabric.so.1"},
+            FabricUnavailableError,
+            ["/nonexistent/libfabric.so.1"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("culprits", [{1}, {0, 1, 2}])
+def test_an_unusable_network_fails_all_ranks(
+    culprits: set[int], settings: dict[str, Any], error: type[EfaEpError], words: list[str]
+) -> None:
+    """On one rank only, or everywhere."""
+    with _nothing_left():
+        outcomes = _start(3, settings=lambda rank: settings_of(1, **settings if rank in culprits else {}))
+        for rank, outcome in enumerate(outcomes):
+            if rank in culprits:
+                assert isinstance(outcome.error, error), outcome
+            else:
+                _all_say(
+                    [outcome], ["opening the fabric failed", *(f"rank {culprit}" for culprit in culprits)]
+                )
+            for word in words:
+                assert word in str(outcome.error)
+        del outcomes, outcome
+
+
+def _missing_library(rank: Rank) -> str:
+    with pytest.raises(FabricUnavailableError) as missing:
+        AllToAll(_CONFIG, rank.bootstrap, settings_of(1, libfabric="/nonexistent/libfabric.so.1"))
+    return str(missing.value)
+
+
+def test_a_missing_library_is_named_with_the_remedy() -> None:
+    """In processes that have no libfabric open yet."""
+    for text in run_processes(2, _missing_library):
+        assert "no usable libfabric: /nonexistent/libfabric.so.1" in text
+        assert "EFA_EP_LIBFABRIC" in text
+
+
+class _FailsOnRank1:
+    """Stands for an object; on the thread of rank 1, calls of some of its attributes, or of itself, fail."""
+
+    def __init__(self, real: Any, failing: tuple[str, ...]) -> None:
+        """Fail calls of the attribute at the path ``failing``."""
+        self._real = real
+        self._failing = failing
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the real attribute unless it leads to the failing one."""
+        real = getattr(self._real, name)
+        return _FailsOnRank1(real, self._failing[1:]) if name == self._failing[0] else real
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Call the real one, or fail."""
+        if threading.current_thread().name == "rank 1":
+            raise OSError("bad luck")
+        return self._real(*arguments, **named)
+
+
+@pytest.mark.parametrize(
+    ("step", "module", "name", "failing"),
+    [
+        ("joining", world, "host_identity", ""),
+        ("allocating memory", connection, "DescriptorExchange", ""),
+        ("allocating memory", connection, "_core", "Arena.create"),
+        ("sharing memory inside the node", connection, "_core", "Arena.map"),
+        ("opening the fabric", connection, "_core", "LibfabricFabric"),
+        ("connecting the rails", connection, "_core", "Proxy"),
+    ],
+)
+def test_a_rank_that_fails_in_a_step_of_the_start_fails_all(
+    step: str, module: Any, name: str, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks raise; those that could go on name the step, the rank and its reason."""
+    path = tuple(filter(None, failing.split(".")))
+    with _nothing_left(), monkeypatch.context() as patch:
+        patch.setattr(module, name, _FailsOnRank1(getattr(module, name), path))
+        outcomes = _start(4, settings=settings_of(2))
+        assert isinstance(outcomes[1].error, OSError)
+        _all_say([outcomes[0], *outcomes[2:]], [f"{step} failed", "rank 1: OSError: bad luck"])
+        del outcomes

@@ -1,0 +1,176 @@
+"""Whole rounds against the oracle, over random worlds, configurations, placements and routings."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Batch, check_combined, check_dispatched, compute_experts
+from thread_world import run_world, settings_of
+
+from vllm_efa_ep import AllToAll, AllToAllConfig
+from vllm_efa_ep.config import Settings
+from vllm_efa_ep.placement import round_robin_placement
+
+# Two of these add up, 32 times over, to at most 256: exact in every type, in every order.
+_EXACT_VALUES = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
+_EXACT_FACTORS = torch.tensor([1.0, 2.0])
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A world and what it does for some rounds."""
+
+    nodes: int
+    ranks_per_node: int
+    config: AllToAllConfig
+    rounds: int
+    seed: int
+    exact: bool
+    per_slot: bool
+    weighted: bool  # the experts apply the weights
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.ranks_per_node
+
+    def batches(self, round_number: int, channel: int) -> list[Batch]:
+        """Return every rank's input of a round; the same on all ranks."""
+        return [self._batch(round_number, channel, rank) for rank in range(self.size)]
+
+    def _batch(self, round_number: int, channel: int, rank: int) -> Batch:
+        random = torch.Generator().manual_seed(hash((self.seed, round_number, channel, rank)) % 2**63)
+        config = self.config
+        # Often none and often all: the ends of the range are where the protocol's cases differ.
+        tokens = int(torch.randint(-2, config.max_tokens_per_rank + 3, (), generator=random))
+        tokens = min(max(tokens, 0), config.max_tokens_per_rank)
+        ids = torch.randint(0, config.num_experts, (tokens, config.top_k), generator=random)
+        dropped = torch.rand(tokens, config.top_k, generator=random) < torch.rand((), generator=random) - 0.2
+        ids[dropped] = -1
+        if torch.rand((), generator=random) < 0.5:
+            ids = ids.int()
+        x = self._values((tokens, config.columns), _EXACT_VALUES, random)
+        if config.dtype == torch.uint8:
+            x = x.abs() if self.exact else x.abs() * 50
+        return Batch(
+            x.to(config.dtype),
+            ids,
+            self._values((tokens, config.top_k), torch.ones(1), random),
+            self._values((tokens, config.scale_columns), _EXACT_FACTORS, random)
+            if config.scale_columns
+            else None,
+        )
+
+    def _values(self, shape: tuple[int, ...], exact: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+        if self.exact:
+            return exact[torch.randint(0, len(exact), shape, generator=random)]
+        return torch.randn(shape, generator=random)
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> Scene:
+    """Draw worlds of up to 6 ranks."""
+    nodes, ranks_per_node = draw(
+        st.sampled_from([(n, r) for n in range(1, 7) for r in range(1, 7) if n * r <= 6]).filter(bool)
+    )
+    size = nodes * ranks_per_node
+    experts = draw(st.integers(1, 24))
+    placement = draw(
+        st.one_of(
+            st.none(),
+            st.just(round_robin_placement(experts, size)),
+            st.tuples(*[st.integers(0, size - 1)] * experts),
+        )
+    )
+    combine_dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    dtype = draw(
+        st.sampled_from([combine_dtype, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.uint8])
+    )
+    hidden = 16 * draw(st.sampled_from([1, 2, 3, 5, 80]))
+    packed = dtype == torch.uint8
+    config = AllToAllConfig(
+        hidden_size=hidden,
+        num_experts=experts,
+        top_k=draw(st.sampled_from([1, 2, 3, 8, 31, 32])),
+        max_tokens_per_rank=draw(st.sampled_from([1, 2, 5, 12, 40])),
+        dtype=dtype,
+        combine_dtype=combine_dtype,
+        payload_columns=16 * draw(st.integers(1, 4)) if packed else None,
+        scale_columns=draw(st.integers(1, 5)) if dtype.itemsize == 1 else 0,
+        layout=draw(st.sampled_from(["per_token", "per_expert"])),
+        channels=draw(st.integers(1, 2)),
+        expert_to_rank=placement,
+    )
+    return Scene(
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        config=config,
+        rounds=draw(st.integers(1, 3)),
+        seed=draw(st.integers(0, 2**32 - 1)),
+        exact=draw(st.booleans()),
+        per_slot=draw(st.booleans()),
+        weighted=draw(st.booleans()),
+    )
+
+
+def play(scene: Scene, world_settings: Settings, check: bool = True) -> list[list[torch.Tensor]]:
+    """Run the scene and return, for every rank, the results of its rounds.
+
+    With two channels, both rounds are in flight at once.
+    """
+    config = scene.config
+    per_slot = scene.per_slot or config.layout == "per_expert"
+    # [M, H] is always weighted by the experts; rows of the per_expert layout carry no weights to apply.
+    weighted_by_experts = scene.weighted or not per_slot
+
+    def body(all_to_all: AllToAll) -> list[torch.Tensor]:
+        results = []
+        rank = all_to_all.rank
+        for round_number in range(scene.rounds):
+            inputs = [scene.batches(round_number, channel) for channel in range(config.channels)]
+            handles = [
+                all_to_all.dispatch_send(own.x, own.topk_ids, own.topk_weights, own.scales, channel)
+                for channel, own in enumerate(batches[rank] for batches in inputs)
+            ]
+            for batches, handle in zip(inputs, handles, strict=True):
+                got = all_to_all.dispatch_recv(handle)
+                if check:
+                    check_dispatched(config, batches, all_to_all.local_experts, got)
+                output = compute_experts(config, all_to_all.local_experts, got, per_slot, weighted_by_experts)
+                all_to_all.combine_send(output, handle, weighted_by_experts)
+            for batches, handle in zip(inputs, handles, strict=True):
+                result = all_to_all.combine_recv(handle)
+                if check:
+                    weights_count = config.layout == "per_token" or not weighted_by_experts
+                    check_combined(config, batches[rank], weights_count, scene.exact, result)
+                results.append(result)
+        return results
+
+    return run_world(config, scene.size, world_settings, body)
+
+
+@settings(max_examples=250)
+@given(scene=scenes(), chunk_bytes=st.sampled_from([1, 100, 2000, 256 * 1024]), nics=st.integers(1, 3))
+def test_rounds_match_the_oracle(scene: Scene, chunk_bytes: int, nics: int) -> None:
+    """What arrives is exact; what comes back is exact where arithmetic is, else within the derived bound."""
+    play(scene, settings_of(scene.ranks_per_node, chunk_bytes=chunk_bytes, nics_per_rank=nics))
+
+
+@settings(max_examples=12)
+@given(
+    scene=scenes().filter(lambda scene: scene.nodes > 1),
+    chunk_bytes=st.integers(1, 3000),
+    nics=st.integers(1, 3),
+)
+def test_the_network_does_not_change_a_bit(scene: Scene, chunk_bytes: int, nics: int) -> None:
+    """Chunk size, number of NICs and provider leave no trace in the results."""
+    inexact = replace(scene, exact=False)
+    reference = play(inexact, settings_of(scene.ranks_per_node), check=False)
+    for provider in ("tcp", "tcp;ofi_rxm"):
+        changed = settings_of(
+            scene.ranks_per_node, chunk_bytes=chunk_bytes, nics_per_rank=nics, provider=provider
+        )
+        for expected, got in zip(reference, play(inexact, changed, check=False), strict=True):
+            for one, other in zip(expected, got, strict=True):
+                assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
