@@ -1,0 +1,187 @@
+"""Check every seam and every patch of the plugin against the vLLM that this process imports.
+
+    PYTHONPATH=<vLLM's sources> python check_seams.py
+
+A process of its own for each check, because patches stay. Prints what does not fit and exits with 1.
+"""
+
+import importlib
+import inspect
+import pickle
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pydantic
+import pytest
+import vllm
+import vllm.platforms
+
+from vllm_efa_ep.errors import ConfigurationError
+from vllm_efa_ep.vllm_plugin import register, seams
+from vllm_efa_ep.vllm_plugin.backend_names import BACKEND_NAMES, HIGH_THROUGHPUT, LOW_LATENCY
+
+
+def choose_platform() -> None:
+    """Make vLLM believe it runs on CPUs; without its extension it would find no platform at all."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms.current_platform = CpuPlatform()
+
+
+def check_configuration() -> None:
+    """The names are accepted and have the properties of backends of their kind."""
+    from vllm.config.parallel import ParallelConfig
+    from vllm.engine.arg_utils import get_kwargs
+
+    choices = get_kwargs(ParallelConfig)["all2all_backend"]["choices"]
+    for name in BACKEND_NAMES:
+        assert name in choices
+        config = ParallelConfig(
+            all2all_backend=name,
+            enable_expert_parallel=True,
+            tensor_parallel_size=2,
+            data_parallel_size=2,
+        )
+        assert config.use_sequence_parallel_moe
+        assert config.use_batched_dp_moe == (name == LOW_LATENCY)
+        assert pickle.loads(pickle.dumps(config)).all2all_backend == name
+    with pytest.raises(pydantic.ValidationError):
+        ParallelConfig(all2all_backend="no_such_backend")
+    assert ParallelConfig().all2all_backend == "allgather_reducescatter"
+
+
+def parallel(name: str) -> Any:
+    """Return the parallel configuration of an MoE layer on four EP ranks."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+
+    sizes = {"tp_size": 1, "pcp_size": 1, "dp_size": 4, "ep_size": 4, "sp_size": 1}
+    ranks = {"tp_rank": 0, "pcp_rank": 0, "dp_rank": 1, "ep_rank": 1}
+    return FusedMoEParallelConfig(**sizes, **ranks, use_ep=True, all2all_backend=name, enable_eplb=False)
+
+
+def check_layers() -> None:
+    """A layer with one of our names gets our prepare/finalize object; others get what they got before."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe import all2all_utils
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+    from vllm_efa_ep.vllm_plugin.high_throughput import HighThroughputPrepareFinalize
+    from vllm_efa_ep.vllm_plugin.low_latency import LowLatencyPrepareFinalize
+
+    assert unquantized.maybe_make_prepare_finalize is all2all_utils.maybe_make_prepare_finalize
+    manager = SimpleNamespace(world_size=4, rank=1)
+    expected = {HIGH_THROUGHPUT: HighThroughputPrepareFinalize, LOW_LATENCY: LowLatencyPrepareFinalize}
+    with set_current_vllm_config(VllmConfig()):
+        for name, implementation in expected.items():
+            config = parallel(name)
+            moe = SimpleNamespace(moe_parallel_config=config, num_experts=8, max_num_tokens=16)
+            made = all2all_utils.maybe_make_prepare_finalize(moe, None, all2all_manager=manager)
+            assert type(made) is implementation
+            assert made.num_dispatchers() == 4
+            assert config.use_batched_activation_format == (name == LOW_LATENCY)
+            assert config.needs_round_robin_routing_tables
+            with pytest.raises(ConfigurationError, match="modular"):
+                all2all_utils.maybe_make_prepare_finalize(
+                    moe, None, all2all_manager=manager, use_monolithic=True
+                )
+    other = parallel("allgather_reducescatter")
+    assert not other.use_batched_activation_format
+    assert not other.needs_round_robin_routing_tables
+
+
+def differing_signatures(implementation: type) -> Iterator[str]:
+    """Yield the public methods that vLLM could not call as it calls those they override."""
+    for name, method in inspect.getmembers(implementation, inspect.isfunction):
+        if not method.__module__.startswith("vllm_efa_ep.") or name == "__init__":
+            continue
+        for base in implementation.__mro__:
+            overridden = base.__dict__.get(name)
+            if not base.__module__.startswith("vllm.") or not inspect.isfunction(overridden):
+                continue
+            wanted = [each for each in inspect.signature(overridden).parameters if each != "self"]
+            try:
+                inspect.signature(method).bind(None, *wanted)
+                inspect.signature(method).bind(None, **dict.fromkeys(wanted))
+            except TypeError as error:
+                yield f"{implementation.__name__}.{name}: {error}; vLLM passes {wanted}"
+            break
+
+
+def check_communicators() -> None:
+    """Both communicators create our manager for the EP group, and only there."""
+    from vllm_efa_ep.vllm_plugin import config_patches, moe_patches
+
+    config = SimpleNamespace(all2all_backend=LOW_LATENCY, enable_expert_parallel=True)
+    made = SimpleNamespace(closed=False)
+    made.close = lambda: setattr(made, "closed", True)
+    moe_patches.make_manager = lambda *_: made
+    config_patches._current_parallel_config = lambda: config
+    for seam in (seams.CPU_COMMUNICATOR_SEAM, seams.CUDA_COMMUNICATOR_SEAM):
+        module = importlib.import_module(seam.module)
+        communicator_class = getattr(module, seam.attribute.split(".")[0])
+        original_signature = inspect.signature(communicator_class.__init__)
+
+        def init(
+            self: Any, *args: Any, signature: inspect.Signature = original_signature, **kwargs: Any
+        ) -> None:
+            call = signature.bind(self, *args, **kwargs)
+            self.asked_for = call.arguments.get("use_all2all", False)
+            self.cpu_group = call.arguments["cpu_group"]
+            self.all2all_manager = None
+
+        init.__signature__ = original_signature  # type: ignore[attr-defined]
+        communicator_class.__init__ = init
+        communicator_class.destroy = lambda _self: None
+        config_patches._wrap_communicator(seam)
+
+        experts = communicator_class("group", unique_name="ep:0", use_all2all=True)
+        assert not experts.asked_for
+        assert experts.all2all_manager is made
+        experts.destroy()
+        assert made.closed
+        assert communicator_class("group", unique_name="tp:0").all2all_manager is None
+        config.all2all_backend = "allgather_reducescatter"
+        assert communicator_class("group", unique_name="ep:0", use_all2all=True).asked_for
+        config.all2all_backend = LOW_LATENCY
+
+
+def check_classes() -> None:
+    """Our subclasses of vLLM's classes are complete and take the arguments that vLLM passes."""
+    from vllm_efa_ep.vllm_plugin.cpu_batched_experts import CpuBatchedExperts
+    from vllm_efa_ep.vllm_plugin.high_throughput import HighThroughputPrepareFinalize
+    from vllm_efa_ep.vllm_plugin.low_latency import LowLatencyPrepareFinalize
+    from vllm_efa_ep.vllm_plugin.manager import EfaEpAll2AllManager
+
+    for implementation in (
+        HighThroughputPrepareFinalize,
+        LowLatencyPrepareFinalize,
+        EfaEpAll2AllManager,
+        CpuBatchedExperts,
+    ):
+        missing = getattr(implementation, "__abstractmethods__", ())
+        assert not missing, f"{implementation.__name__} lacks {sorted(missing)}"
+        differing = list(differing_signatures(implementation))
+        assert not differing, "\n".join(differing)
+
+
+def main() -> None:
+    """Run all checks."""
+    choose_platform()
+    communicators = (seams.CPU_COMMUNICATOR_SEAM, seams.CUDA_COMMUNICATOR_SEAM)
+    seams.require([*seams.CONFIG_SEAMS, *communicators, *seams.MOE_SEAMS, *seams.CPU_MOE_SEAMS])
+
+    register()
+    check_configuration()
+
+    from vllm_efa_ep.vllm_plugin import moe_patches
+
+    moe_patches.apply()
+    check_layers()
+    check_classes()
+    check_communicators()
+    print(f"all seams fit vLLM {vllm.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Backend ``efa_ep_high_throughput``: rows in vLLM's Standard format, for prefill and large batches."""
+
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
+    TopKWeightAndReduceContiguous,
+    TopKWeightAndReduceDelegate,
+    TopKWeightAndReduceNoOP,
+)
+from vllm.platforms import current_platform
+
+from vllm_efa_ep.all_to_all import Dispatched
+from vllm_efa_ep.errors import ConfigurationError
+from vllm_efa_ep.vllm_plugin.prepare_finalize import EfaEpPrepareFinalize, PrepareResult
+
+
+class HighThroughputPrepareFinalize(EfaEpPrepareFinalize):
+    """One row per (token, rank): ``[M, H]`` with all top-k ids ``[M, K]`` and weights of the token."""
+
+    layout = "per_token"
+    _local_index: torch.Tensor | None = None
+
+    @property
+    def activation_format(self) -> Any:
+        """Rows of hidden states."""
+        return mk.FusedMoEActivationFormat.Standard
+
+    def max_num_tokens_per_rank(self) -> int | None:
+        """Return None: the experts need not know a bound."""
+        return None
+
+    def _expert_input(self, dispatched: Dispatched, quant_config: Any, quantize: bool) -> PrepareResult:
+        rows, scales = dispatched.x, dispatched.scales
+        if quantize and rows.numel() and quant_config.quant_dtype is not None:
+            rows, scales = self._quantize(rows, quant_config)
+        ids, weights = dispatched.topk_ids, dispatched.topk_weights
+        if current_platform.is_cpu() and ids is not None and weights is not None:
+            ids, weights = self._local_slots(ids, weights)
+        return rows, scales, None, ids, weights
+
+    def _weights_applied(self, weight_and_reduce_impl: Any) -> bool:
+        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceNoOP):
+            return True
+        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate | TopKWeightAndReduceContiguous):
+            return False
+        raise ConfigurationError(
+            f"the expert kernel leaves {type(weight_and_reduce_impl).__name__} to do, which "
+            "efa_ep_high_throughput does not know; choose another --moe-backend"
+        )
+
+    def _local_slots(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return local ids, with id 0 and weight 0 in the slots of experts elsewhere.
+
+        The CPU kernels index their weights with the id as it is: they know neither the map of experts
+        nor -1. CUDA kernels want global ids.
+        """
+        if self._local_index is None:
+            owned = torch.tensor([owner == self._manager.rank for owner in self._owners] + [False])
+            # The last entry serves id -1.
+            self._local_index = torch.where(owned, owned.cumsum(0) - 1, -1).to(torch.int32)
+        local = self._local_index[ids]
+        return local.clamp(min=0), weights.masked_fill(local < 0, 0.0)

@@ -1,0 +1,46 @@
+"""Backend ``efa_ep_low_latency``: vLLM's BatchedExperts format, fixed shapes, for decoding."""
+
+from typing import Any
+
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceDelegate
+from vllm.model_executor.layers.fused_moe.utils import normalize_batched_scales_shape
+
+from vllm_efa_ep.all_to_all import Dispatched
+from vllm_efa_ep.errors import ConfigurationError
+from vllm_efa_ep.vllm_plugin.prepare_finalize import EfaEpPrepareFinalize, PrepareResult
+
+
+class LowLatencyPrepareFinalize(EfaEpPrepareFinalize):
+    """One row per (token, expert) in ``[local experts, capacity, H]``; weights applied in combine."""
+
+    layout = "per_expert"
+
+    @property
+    def activation_format(self) -> Any:
+        """Rows grouped by local expert."""
+        return mk.FusedMoEActivationFormat.BatchedExperts
+
+    def max_num_tokens_per_rank(self) -> int | None:
+        """Return the most tokens a rank may dispatch at once; times the ranks it is the capacity."""
+        return int(self._moe.max_num_tokens)
+
+    def _expert_input(self, dispatched: Dispatched, quant_config: Any, quantize: bool) -> PrepareResult:
+        rows, scales = dispatched.x, dispatched.scales
+        if quantize and quant_config.quant_dtype is not None:
+            num_experts = rows.shape[0]
+            flat, scales = self._quantize(rows.flatten(0, 1), quant_config)
+            rows = flat.view(num_experts, -1, flat.shape[-1])
+            scales = normalize_batched_scales_shape(scales, num_experts)
+        tokens = mk.ExpertTokensMetadata(
+            expert_num_tokens=dispatched.tokens_per_expert, expert_num_tokens_cpu=None
+        )
+        return rows, scales, tokens, None, None
+
+    def _weights_applied(self, weight_and_reduce_impl: Any) -> bool:
+        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
+            return False
+        raise ConfigurationError(
+            f"the expert kernel leaves {type(weight_and_reduce_impl).__name__} to do, but "
+            "efa_ep_low_latency weights and reduces in combine; choose another --moe-backend"
+        )
