@@ -1,0 +1,1 @@
+"""Benchmarks; ``docs/performance.md`` says what is measured and how to read it."""
