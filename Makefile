@@ -68,7 +68,7 @@ serve: setup
 
 test: lint test-cpp test-sanitizers test-python test-serving
 
-test-long: export EFA_EP_TEST_LONG := 1
+test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
 test-long: test
 

@@ -151,11 +151,13 @@ class Problem:
     def check_out(self, name: str, out: torch.Tensor) -> None:
         """Raise ``WrongResultError`` unless ``out`` is the combined result within rounding.
 
-        All terms of a sum have the same sign, so each of its roundings costs at most half an epsilon.
+        All terms of a sum have the same sign, so each of its roundings costs at most half an epsilon: float32
+        sums of weights, then in the cell's dtype the weight, the product and one sum per rank.
         """
-        expected = self.inputs.x.float() * self.inputs.weights.sum(1, keepdim=True)
-        tolerance = (self.cell.world + 2) / 2 * torch.finfo(self.cell.torch_dtype).eps
-        wrong = ~torch.isclose(out.float(), expected, rtol=tolerance, atol=1e-30)
+        expected = self.inputs.x.double() * self.inputs.weights.double().sum(1, keepdim=True)
+        roundings = TOP_K * torch.finfo(torch.float32).eps
+        roundings += (2 + self.cell.world) * torch.finfo(self.cell.torch_dtype).eps
+        wrong = ~torch.isclose(out.double(), expected, rtol=roundings / 2, atol=1e-30)
         if wrong.any():
             raise WrongResultError(
                 f"{name}: {int(wrong.sum())} of {wrong.numel()} results differ: {self.cell}"

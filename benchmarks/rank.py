@@ -159,8 +159,7 @@ def compete(
 
 def iterations_within(seconds: float, contestant: Contestant, barrier: SharedBarrier) -> int:
     """Warm up, and return how many rounds fit into the time; rank 0's answer counts."""
-    for _ in range(WARM_UP_ROUNDS):
-        round_s = sum(run_round(contestant, barrier)) / 1e9
+    round_s = min(sum(run_round(contestant, barrier)) / 1e9 for _ in range(WARM_UP_ROUNDS))
     return min(MOST_ITERATIONS, max(FEWEST_ITERATIONS, int(seconds / round_s)))
 
 

@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"] if quick else list(DTYPES))
     tokens = [1, 16, 128, 1024] if quick else [1, 16, 128, 1024, 4096]
     parser.add_argument("--tokens", type=int, nargs="+", default=tokens)
-    parser.add_argument("--seconds-per-cell", type=float, default=4.0, help="time for a cell's iterations")
+    parser.add_argument("--seconds-per-cell", type=float, default=3.0, help="time for a cell's iterations")
     parser.add_argument("--alone", action="store_true", help="time each contestant alone, too")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "build" / "bench")

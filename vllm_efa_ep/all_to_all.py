@@ -356,6 +356,10 @@ class AllToAll:
         except EfaEpError as error:
             reason = explain(self._bootstrap, error, self._settings.timeout_s * _DIAGNOSIS_SHARE)
             failure = self._failure = _with_reason(error, reason) if reason else error
+        except BaseException as interrupt:  # Ctrl-C or another signal's: the round stays unfinished
+            notes = "; ".join(getattr(interrupt, "__notes__", ()))
+            self._failure = EfaEpError(f"interrupted by {type(interrupt).__name__}: {notes}")
+            raise
         # Raised without its frames: they refer to the device, whose memory must go at close() even if the
         # caller keeps the error.
         del device

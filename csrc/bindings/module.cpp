@@ -205,6 +205,18 @@ void bind_proxy(nb::module_& m) {
           ReleaseLock());
 }
 
+// Runs Python's signal handlers while a half waits, so that Ctrl-C and SIGTERM end it at once. What it waited
+// for goes along as a note of the handler's exception.
+void check_signals(const std::function<std::string()>& describe) {
+  const nb::gil_scoped_acquire lock;
+  if (PyErr_CheckSignals() == 0) return;
+  const nb::python_error error;
+  nb::list notes;
+  notes.append(describe());
+  error.value().attr("__notes__") = notes;
+  throw error;
+}
+
 void bind_device(nb::module_& m) {
   nb::enum_<ScalarType>(m, "ScalarType")
       .value("bfloat16", ScalarType::kBfloat16)
@@ -223,7 +235,8 @@ void bind_device(nb::module_& m) {
                                   .expert_owner = std::move(expert_owner),
                                   .combine_type = combine_type,
                                   .per_expert = per_expert,
-                                  .timeout = seconds(timeout_s)},
+                                  .timeout = seconds(timeout_s),
+                                  .check_interrupt = check_signals},
                                  std::move(bases), proxy);
           },
           nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,

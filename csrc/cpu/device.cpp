@@ -2,8 +2,6 @@
 
 #include <sched.h>
 
-#include <algorithm>
-#include <sstream>
 #include <string>
 #include <thread>
 #include <utility>
@@ -23,10 +21,13 @@ constexpr auto kYieldTime = std::chrono::milliseconds(2);
 constexpr auto kNap = std::chrono::microseconds(50);
 constexpr uint32_t kTurnsPerClockCheck = 16;
 
-std::string join(const std::vector<uint32_t>& ranks) {
-  std::ostringstream text;
-  for (size_t i = 0; i < ranks.size(); ++i) text << (i > 0 ? ", " : "") << ranks[i];
-  return text.str();
+constexpr auto kInterruptCheckTime = std::chrono::milliseconds(100);
+
+// "rank 3", "ranks 1, 2"
+std::string names_of(const std::vector<uint32_t>& ranks) {
+  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
+  for (size_t i = 0; i < ranks.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(ranks[i]);
+  return text;
 }
 
 }  // namespace
@@ -139,7 +140,13 @@ void CpuDevice::wait(Half half, uint32_t round, const std::function<bool()>& rea
   const ScopedTimer timer(counters_.wait_ns[static_cast<size_t>(half)]);
   const Proxy::Waiting waiting(proxy_);
   const auto start = Clock::now();
-  auto last_progress = start;
+  auto last_interrupt_check = start;
+  const auto describe = [&] {
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    return std::string(kHalfNames[static_cast<size_t>(half)]) + " of round " + std::to_string(round) +
+           " on rank " + std::to_string(options_.rank) + " waited " + std::to_string(seconds) + " s for " +
+           names_of(missing());
+  };
   for (uint32_t turn = 1;; ++turn) {
     const bool moved = proxy_ != nullptr && proxy_->help();
     if (ready()) return;
@@ -151,15 +158,13 @@ void CpuDevice::wait(Half half, uint32_t round, const std::function<bool()>& rea
     if (proxy_ != nullptr) proxy_->throw_if_failed();
     const auto now = Clock::now();
     if (now - start > options_.timeout) {
-      const std::vector<uint32_t> ranks = missing();
-      const char* name = kHalfNames[static_cast<size_t>(half)];
-      throw RankTimeoutError(std::string(name) + " of round " + std::to_string(round) + " on rank " +
-                                 std::to_string(options_.rank) + " waited " +
-                                 std::to_string(std::chrono::duration<double>(options_.timeout).count()) +
-                                 " s for rank(s) " + join(ranks),
-                             name, round, ranks);
+      throw RankTimeoutError(describe(), kHalfNames[static_cast<size_t>(half)], round, missing());
     }
-    if (now - start > kYieldTime && now - last_progress > kYieldTime) {
+    if (options_.check_interrupt && now - last_interrupt_check > kInterruptCheckTime) {
+      last_interrupt_check = now;
+      options_.check_interrupt(describe);
+    }
+    if (now - start > kYieldTime) {
       std::this_thread::sleep_for(kNap);
     } else {
       sched_yield();

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "cpu/owner_list.h"
@@ -29,6 +30,9 @@ struct CpuDeviceOptions {
   ScalarType combine_type = ScalarType::kBfloat16;
   bool per_expert = false;  ///< output layout: [experts, capacity, ...] instead of [rows, ...]
   std::chrono::nanoseconds timeout = std::chrono::seconds(120);
+  /// Called about ten times a second during a wait, with a function that describes the wait; throws to end
+  /// it.
+  std::function<void(const std::function<std::string()>&)> check_interrupt;
 };
 
 /// Tokens to send. All tables are contiguous, row by row.

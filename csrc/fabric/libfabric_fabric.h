@@ -11,6 +11,7 @@
 
 namespace efa_ep {
 
+/// The registered memory must outlive the fabric.
 class LibfabricFabric final : public Fabric {
  public:
   /// Opens libfabric, chooses provider and NICs and opens an endpoint on each.

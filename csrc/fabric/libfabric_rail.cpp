@@ -11,7 +11,6 @@
 
 #include "errors.h"
 #include "fabric/libfabric_compat.h"
-#include "protocol/limits.h"
 
 namespace efa_ep {
 namespace {

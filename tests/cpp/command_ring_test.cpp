@@ -46,7 +46,7 @@ TEST(CommandRing, RoundsTheCapacityUpToAPowerOfTwo) {
 // Against a queue, over many laps: full exactly at its capacity, empty exactly at zero.
 TEST(CommandRing, IsAQueueOverManyLaps) {
   const uint64_t seed = test_seed(11);
-  SCOPED_TRACE(testing::Message() << "EFA_EP_TEST_SEED=" << seed);
+  SCOPED_TRACE(testing::Message() << "TEST_SEED=" << seed);
   for (const uint32_t capacity : {1u, 2u, 8u, 64u}) {
     std::mt19937_64 random(seed);
     CommandRing ring(capacity);

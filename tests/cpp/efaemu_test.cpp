@@ -101,8 +101,9 @@ class EfaemuEndpoint : public ::testing::Test {
     queue_attributes.format = FI_CQ_FORMAT_DATA;
     open(queue_,
          [&](fid_cq** queue) { return fi_cq_open(domain_.get(), &queue_attributes, queue, nullptr); });
-    open(endpoint_,
-         [&](fid_ep** endpoint) { return fi_endpoint(domain_.get(), info_.get(), endpoint, nullptr); });
+    fid_ep* endpoint = nullptr;
+    ASSERT_EQ(fi_endpoint(domain_.get(), info_.get(), &endpoint, nullptr), 0);
+    endpoint_.reset(endpoint);
     ASSERT_EQ(fi_ep_bind(endpoint_.get(), &vector_->fid, 0), 0);
     ASSERT_EQ(fi_ep_bind(endpoint_.get(), &queue_->fid, FI_TRANSMIT | FI_RECV), 0);
     ASSERT_EQ(fi_enable(endpoint_.get()), 0);

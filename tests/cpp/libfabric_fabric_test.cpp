@@ -7,64 +7,26 @@
 
 #include <array>
 #include <atomic>
-#include <cstdlib>
 #include <future>
 #include <string>
 
 #include "errors.h"
 #include "fabric_suite.h"
+#include "libfabric_testing.h"
 
 namespace efa_ep {
 namespace {
 
 using testing::AllToAll;
+using testing::contains;
+using testing::Environment;
 using testing::FabricCluster;
-
-LibfabricOptions options_for(const std::string& provider, uint32_t nics = 1) {
-  LibfabricOptions options;
-  options.provider = provider;
-  options.interface = "lo";
-  options.nics = nics;
-  options.peers = 8;
-  if (const char* library = std::getenv("EFA_EP_LIBFABRIC")) options.library = library;
-  return options;
-}
-
-std::unique_ptr<LibfabricFabric> make_fabric(const std::string& provider, uint32_t nics = 1) {
-  return std::make_unique<LibfabricFabric>(options_for(provider, nics));
-}
+using testing::make_fabric;
+using testing::message_of;
 
 FabricCluster::Factory factory(const std::string& provider, uint32_t nics = 1) {
   return [=](uint32_t) { return make_fabric(provider, nics); };
 }
-
-/// Sets an environment variable for as long as it lives.
-class Environment {
- public:
-  Environment(const char* name, const std::string& value) : name_(name) { setenv(name, value.c_str(), 1); }
-  ~Environment() { unsetenv(name_); }
-
- private:
-  const char* name_;
-};
-
-template <typename Expected>
-std::string message_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Expected& error) {
-    return error.what();
-  }
-  ADD_FAILURE() << "nothing was thrown";
-  return "";
-}
-
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// On every provider
 
 class EveryProvider : public ::testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Providers, EveryProvider, ::testing::Values("tcp", "efaemu"),
@@ -276,70 +238,6 @@ TEST_P(EveryProvider, RefusesCallsInTheWrongOrder) {
   EXPECT_THROW(fabric->connect(1023, address), ConfigurationError);
 }
 
-TEST_P(EveryProvider, RefusesAddressesOfOthers) {
-  const auto fabric = make_fabric(GetParam());
-  const auto two_rails = make_fabric(GetParam(), 2);
-  std::array<std::byte, 64> memory{};
-  fabric->register_memory(memory.data(), memory.size());
-  two_rails->register_memory(memory.data(), memory.size());
-  const auto refuses = [&](const std::vector<std::byte>& address, const std::string& part) {
-    const std::string message = message_of<ProtocolError>([&] { fabric->connect(1, address); });
-    EXPECT_TRUE(contains(message, part)) << message;
-  };
-  refuses(two_rails->address(), "number of NICs 2, this rank has 1");
-
-  const std::vector<std::byte> own = fabric->address();
-  for (size_t length = 0; length < own.size(); ++length) {
-    refuses({own.begin(), own.begin() + static_cast<ptrdiff_t>(length)}, "truncated");
-  }
-  std::vector<std::byte> longer = own;
-  longer.push_back(std::byte{0});
-  refuses(longer, "1 bytes too long");
-
-  FabricAddress address = FabricAddress::decode(own);
-  address.provider = "carrier pigeon";
-  refuses(address.encode(), "provider \"carrier pigeon\"");
-  address = FabricAddress::decode(own);
-  address.library_minor += 1;
-  refuses(address.encode(), "libfabric ");
-  address = FabricAddress::decode(own);
-  address.fabric = "efa-direct";
-  refuses(address.encode(), "fabric \"efa-direct\"");
-  address = FabricAddress::decode(own);
-  address.rails[0].endpoint_name.pop_back();
-  refuses(address.encode(), "length of endpoint name");
-  address = FabricAddress::decode(own);
-  address.rails[0].endpoint_name[0] ^= std::byte{0xff};
-  refuses(address.encode(), "address family");
-  address = FabricAddress::decode(own);
-  address.memory_bytes = kPieceStride + 1;  // needs one key more than there is
-  refuses(address.encode(), "truncated");
-  fabric->connect(1, own);
-}
-
-TEST_P(EveryProvider, SurvivesRandomAddresses) {
-  const auto fabric = make_fabric(GetParam());
-  std::array<std::byte, 64> memory{};
-  fabric->register_memory(memory.data(), memory.size());
-  const std::vector<std::byte> own = fabric->address();
-  const uint64_t seed = 7;
-  SCOPED_TRACE("seed " + std::to_string(seed));
-  std::mt19937_64 random(seed);
-  uint32_t rank = 0;
-  for (int i = 0; i < 20000 && rank < 1000; ++i) {
-    std::vector<std::byte> bytes = own;
-    for (uint64_t changes = 1 + random() % 4; changes > 0; --changes) {
-      bytes[random() % bytes.size()] = static_cast<std::byte>(random());
-    }
-    if (random() % 4 == 0) bytes.resize(random() % (bytes.size() + 8));
-    try {
-      fabric->connect(rank, bytes);
-      ++rank;  // a changed port or key cannot be told from a right one
-    } catch (const ProtocolError&) {
-    }
-  }
-}
-
 TEST_P(EveryProvider, WritesToAClosedEndpointFailOrWait) {
   FabricCluster cluster(2, 1 << 20, factory(GetParam()));
   uint32_t done = 0;
@@ -481,127 +379,6 @@ TEST(Efaemu, ImmediatesThatConsumeReceives) {
   AllToAll traffic(4, {0, 3, 4096, 70000, 12, 0, 900});
   FabricCluster cluster(4, traffic.memory_bytes(), factory("efaemu", 2));
   traffic.run(cluster, 11);
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// Choosing a provider
-
-TEST(ProviderChoice, OffersRxCqDataOnlyIfTheDeviceNeedsIt) {
-  const LibfabricOptions options = options_for("efaemu");
-  const LibfabricLibrary& library = LibfabricLibrary::open(options.library);
-  EXPECT_FALSE(choose_provider(library, options).nics[0]->mode & FI_RX_CQ_DATA);
-  const Environment environment("EFAEMU_UNSOLICITED", "0");
-  EXPECT_TRUE(choose_provider(library, options).nics[0]->mode & FI_RX_CQ_DATA);
-}
-
-TEST(ProviderChoice, EfaNicsAreShared) {
-  const auto share = [](size_t available, uint32_t nics, uint32_t local_rank, uint32_t ranks_on_host) {
-    LibfabricOptions options;
-    options.nics = nics;
-    options.local_rank = local_rank;
-    options.ranks_on_host = ranks_on_host;
-    return share_of_nics(available, options);
-  };
-  using Share = std::vector<size_t>;
-  EXPECT_EQ(share(32, 0, 0, 8), (Share{0, 1, 2, 3}));  // p5
-  EXPECT_EQ(share(32, 0, 7, 8), (Share{28, 29, 30, 31}));
-  EXPECT_EQ(share(8, 0, 5, 8), (Share{5}));   // p6-b200
-  EXPECT_EQ(share(4, 0, 5, 8), (Share{2}));   // fewer NICs than ranks
-  EXPECT_EQ(share(16, 1, 3, 8), (Share{6}));  // one of the two that are near
-  EXPECT_EQ(share(16, 4, 7, 8), (Share{14, 15, 0, 1}));
-  EXPECT_EQ(share(3, 0, 0, 1), (Share{0, 1, 2}));
-  const std::string message = message_of<ConfigurationError>([&] { share(4, 5, 0, 1); });
-  EXPECT_TRUE(contains(message, "is 5, but this host has 4 EFA NICs")) << message;
-}
-
-TEST(ProviderChoice, TcpOfOldLibrariesIsCalledNet) {
-  const LibfabricLibrary& library = LibfabricLibrary::open(options_for("tcp").library);
-  const auto fabric = make_fabric("tcp");
-  if (library.major() == 1 && library.minor() < 18) {
-    EXPECT_EQ(fabric->description().provider, "net");
-    EXPECT_TRUE(contains(fabric->description().library, "\"tcp\" is named \"net\""));
-  } else {
-    EXPECT_EQ(fabric->description().provider, "tcp");
-  }
-}
-
-TEST(ProviderChoice, UnknownNamesAreListed) {
-  const std::string message = message_of<ConfigurationError>([] { make_fabric("pigeon"); });
-  EXPECT_TRUE(contains(message, "\"pigeon\"")) << message;
-  EXPECT_TRUE(contains(message, "tcp")) << message;
-
-  LibfabricOptions options = options_for("tcp");
-  options.interface = "nosuch0";
-  const std::string interfaces = message_of<ConfigurationError>([&] { LibfabricFabric fabric(options); });
-  EXPECT_TRUE(contains(interfaces, "\"nosuch0\"")) << interfaces;
-  EXPECT_TRUE(contains(interfaces, "lo")) << interfaces;
-}
-
-TEST(ProviderChoice, BadCountsAreRefused) {
-  LibfabricOptions options = options_for("tcp");
-  options.nics = 65;
-  EXPECT_THROW(LibfabricFabric{options}, ConfigurationError);
-  options = options_for("tcp");
-  options.ranks_on_host = 0;
-  EXPECT_THROW(LibfabricFabric{options}, ConfigurationError);
-  options.ranks_on_host = 2;
-  options.local_rank = 2;
-  EXPECT_THROW(LibfabricFabric{options}, ConfigurationError);
-}
-
-/// A /sys/class as on a machine with these (device, driver) pairs.
-class FakeSysfs {
- public:
-  using Devices = std::vector<std::pair<std::string, std::string>>;
-  explicit FakeSysfs(const Devices& devices) {
-    std::string name = ::testing::TempDir() + "sysfs-XXXXXX";
-    if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
-    root_ = name;
-    for (const auto& [device, driver] : devices) {
-      std::filesystem::create_directories(root_ / "drivers" / driver);
-      std::filesystem::create_directories(root_ / device / "device");
-      std::filesystem::create_symlink(root_ / "drivers" / driver, root_ / device / "device" / "driver");
-    }
-  }
-  FakeSysfs(const FakeSysfs&) = delete;
-  ~FakeSysfs() { std::filesystem::remove_all(root_); }
-  const std::filesystem::path& root() const { return root_; }
-
- private:
-  std::filesystem::path root_;
-};
-
-TEST(ProviderChoice, FindsEfaDevicesInSysfs) {
-  const FakeSysfs sysfs({{"infiniband/rdmap0s31", "efa"},
-                         {"infiniband/mlx5_0", "mlx5_core"},
-                         {"infiniband_verbs/uverbs0", "efa"},
-                         {"net/eth0", "ena"}});
-  EXPECT_EQ(efa_devices(sysfs.root()), (std::vector<std::string>{"rdmap0s31", "uverbs0"}));
-  EXPECT_EQ(efa_devices("/nonexistent"), std::vector<std::string>{});
-}
-
-TEST(ProviderChoice, AutoFallsBackToTcpOnlyWithoutEfaDevices) {
-  ASSERT_EQ(efa_devices("/sys/class"), std::vector<std::string>{})
-      << "run this test on a machine without EFA";
-  LibfabricOptions options = options_for("auto");
-  const LibfabricFabric fabric(options);
-  EXPECT_TRUE(fabric.description().provider == "tcp" || fabric.description().provider == "net");
-
-  const FakeSysfs sysfs(FakeSysfs::Devices{{"infiniband/rdmap0s31", "efa"}});
-  options.sysfs_class = sysfs.root();
-  const std::string message =
-      message_of<FabricUnavailableError>([&] { LibfabricFabric unavailable(options); });
-  for (const char* part : {"rdmap0s31", "efa-direct: ", "efa: ", "EFA_EP_PROVIDER=tcp"}) {
-    EXPECT_TRUE(contains(message, part)) << message;
-  }
-  options.provider = "tcp";
-  EXPECT_NO_THROW(LibfabricFabric{options});
-}
-
-TEST(ProviderChoice, EfaByNameDoesNotFallBack) {
-  ASSERT_EQ(efa_devices("/sys/class"), std::vector<std::string>{})
-      << "run this test on a machine without EFA";
-  for (const char* name : {"efa", "efa-direct"}) EXPECT_THROW(make_fabric(name), Error) << name;
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // A network inside one process that takes every liberty that fabric.h allows: writes and the pieces of a
 // write are placed in random order, an immediate comes after its bytes and in no order with anything else, a
 // source learns of its write before or after the target does, and queues are short. One seed gives one
-// sequence of choices. Bytes are copied from source to target only when they are placed, and one mutex is all
-// that orders ranks: what the sanitizers miss here, the protocol has ordered itself.
+// sequence of choices. Bytes are copied from source to target only when they are placed, and a source must
+// not change until its write is complete, as if the NIC had to send it again. One mutex is all that orders
+// ranks: the sanitizers see who relies on more.
 #pragma once
 
 #include <algorithm>
@@ -114,6 +115,10 @@ class LoopbackNetwork {
     bool arrives = true;                                // the target has not been told
     bool completes = true;                              // the source has not been told
     std::string error;
+    std::vector<std::byte> content;  // the source's bytes when it was posted
+
+    std::byte* from() const { return source->memory.data() + request.local_offset; }
+    std::byte* to() const { return target->memory.data() + request.remote_offset; }
   };
 
   PostResult post(Endpoint& source, const WriteRequest& request) {
@@ -129,7 +134,8 @@ class LoopbackNetwork {
       ++source.traffic.refusals;
       return PostResult::kAgain;
     }
-    Write write{&source, &target, request, {}, true, fault != Fault::kNeverComplete, {}};
+    Write write{&source, &target, request, {}, true, fault != Fault::kNeverComplete, {}, {}};
+    write.content.assign(write.from(), write.from() + request.bytes);
     if (fault == Fault::kFail || !target.peers.contains(source.rank)) {
       write.arrives = false;
       write.error = "the loopback network failed this write";
@@ -176,8 +182,7 @@ class LoopbackNetwork {
     const WriteRequest& request = write.request;
     if (!write.pieces.empty()) {
       const auto [begin, end] = take(write.pieces);
-      std::memcpy(write.target->memory.data() + request.remote_offset + begin,
-                  write.source->memory.data() + request.local_offset + begin, end - begin);
+      std::memcpy(write.to() + begin, write.from() + begin, end - begin);
       return;
     }
     if (write.arrives && (!write.completes || below(2) == 0)) {
@@ -185,6 +190,10 @@ class LoopbackNetwork {
       write.target->events.push_back({{CompletionKind::kArrival, 0, request.immediate, {}}, 0, 0});
     } else if (write.completes) {
       write.completes = false;
+      if (!std::equal(write.content.begin(), write.content.end(), write.from())) {
+        throw std::logic_error("loopback: rank " + std::to_string(write.source->rank) +
+                               " changed a write's source before its completion");
+      }
       const auto kind = write.error.empty() ? CompletionKind::kWriteDone : CompletionKind::kError;
       write.source->events.push_back({{kind, request.context, 0, write.error}, request.rail, request.peer});
     }

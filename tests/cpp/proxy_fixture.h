@@ -181,7 +181,7 @@ class ProxyTest : public testing::Test {
   std::vector<TestMemory> arenas_;
   std::unique_ptr<LoopbackNetwork> network_;
   std::optional<Proxy> proxy_;
-  const testing::ScopedTrace trace_{__FILE__, __LINE__, testing::Message() << "EFA_EP_TEST_SEED=" << seed_};
+  const testing::ScopedTrace trace_{__FILE__, __LINE__, testing::Message() << "TEST_SEED=" << seed_};
 };
 
 }  // namespace efa_ep

@@ -195,7 +195,7 @@ TEST_P(RowMath, MinusZeroIsKept) {
 
 TEST_P(RowMath, RandomSums) {
   const uint64_t seed = test_seed(21);
-  SCOPED_TRACE(testing::Message() << "EFA_EP_TEST_SEED=" << seed);
+  SCOPED_TRACE(testing::Message() << "TEST_SEED=" << seed);
   std::mt19937_64 random(seed);
   std::uniform_real_distribution<float> weight(-2.0f, 2.0f);
   for (const bool close : {true, false}) {
@@ -215,7 +215,7 @@ TEST_P(RowMath, RandomSums) {
 // beyond the row is touched.
 TEST_P(RowMath, EveryLength) {
   const uint64_t seed = test_seed(22);
-  SCOPED_TRACE(testing::Message() << "EFA_EP_TEST_SEED=" << seed);
+  SCOPED_TRACE(testing::Message() << "TEST_SEED=" << seed);
   std::mt19937_64 random(seed);
   constexpr size_t kLongest = 2100;
   const std::vector<Bytes> rows = {random_row(random, kLongest, true), random_row(random, kLongest, true),
@@ -236,7 +236,7 @@ TEST_P(RowMath, EveryLength) {
 
 TEST_P(RowMath, TheResultMayReplaceAnyTerm) {
   const uint64_t seed = test_seed(23);
-  SCOPED_TRACE(testing::Message() << "EFA_EP_TEST_SEED=" << seed);
+  SCOPED_TRACE(testing::Message() << "TEST_SEED=" << seed);
   std::mt19937_64 random(seed);
   constexpr size_t kElements = 1500;  // more than one block of the implementation
   for (uint32_t count = 1; count <= 4; ++count) {

@@ -9,15 +9,15 @@
 
 namespace efa_ep {
 
-/// The seed of a random test: EFA_EP_TEST_SEED, or the test's own, so that runs repeat. Failures print it.
+/// The seed of a random test: TEST_SEED, or the test's own, so that runs repeat. Failures print it.
 inline uint64_t test_seed(uint64_t own) {
-  const char* text = std::getenv("EFA_EP_TEST_SEED");
+  const char* text = std::getenv("TEST_SEED");
   return text == nullptr ? own : std::stoull(text);
 }
 
-/// EFA_EP_TEST_LONG=1 asks for more seeds and rounds than fit into every run.
+/// LONG_TESTS=1 asks for more seeds and rounds than fit into every run.
 inline uint32_t amount(uint32_t usual, uint32_t extended) {
-  const char* text = std::getenv("EFA_EP_TEST_LONG");
+  const char* text = std::getenv("LONG_TESTS");
   return text != nullptr && std::string(text) == "1" ? extended : usual;
 }
 

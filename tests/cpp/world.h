@@ -147,6 +147,7 @@ class World {
   }
 
   const WorldConfig config_;
+  const testing::ScopedTrace trace_{__FILE__, __LINE__, testing::Message() << config_};
   LoopbackNetwork network_;
   std::vector<TestMemory> arenas_;
   std::vector<std::unique_ptr<Proxy>> proxies_;

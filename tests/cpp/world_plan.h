@@ -54,7 +54,7 @@ struct WorldConfig {
 
 inline std::ostream& operator<<(std::ostream& out, const WorldConfig& c) {
   const RowShape& row = c.layout.row;
-  out << "EFA_EP_TEST_SEED=" << c.seed << ": " << c.layout.topology.nodes() << " nodes x "
+  out << "TEST_SEED=" << c.seed << ": " << c.layout.topology.nodes() << " nodes x "
       << c.layout.topology.ranks_per_node << " ranks, top_k " << row.top_k << ", payload "
       << row.payload_bytes << " + " << row.scale_bytes << ", combine " << row.combine_bytes << " of type "
       << static_cast<int>(c.combine_type) << ", max_tokens " << c.layout.max_tokens << ", channels "

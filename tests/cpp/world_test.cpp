@@ -83,7 +83,6 @@ void check_counters(World& world, const Plans& plans) {
 }
 
 void run_world(const WorldConfig& config) {
-  SCOPED_TRACE(testing::Message() << config);
   Planner planner(config);
   Plans plans(config.layout.channels);
   for (auto& rounds : plans) {

@@ -134,6 +134,7 @@ def _body(rank: Rank, ranks_per_node: int, case: Case) -> dict[str, Any]:
     return {
         "error": type(first.value).__name__,
         "message": str(first.value),
+        "missing": getattr(first.value, "missing", ()),
         "again": str(again.value),
         "arenas": arenas,
         "arenas_after_close": _mapped("efa_ep_arena"),
@@ -156,6 +157,10 @@ def _play(size: int, ranks_per_node: int, case: Case) -> None:
             found = ended.value
             assert found["error"] in ("RankTimeoutError", "TransportError"), f"rank {rank}: {found}"
             assert f"rank {case.victim}" in found["message"], f"rank {rank}: {found}"
+            # Also without the explanation, which a dead store cannot give.
+            missing = ", ".join(map(str, found["missing"]))
+            named = f"rank{'s' if len(found['missing']) > 1 else ''} {missing}"
+            assert named in found["message"] or not missing
             assert found["again"] == found["message"]
             assert found["arenas"] == ranks_per_node
             assert found["arenas_after_close"] == 0

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -174,3 +175,80 @@ def test_the_network_does_not_change_a_bit(scene: Scene, chunk_bytes: int, nics:
         for expected, got in zip(reference, play(inexact, changed, check=False), strict=True):
             for one, other in zip(expected, got, strict=True):
                 assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(4, 4), (12, 1), (1, 12), (5, 3)])
+@pytest.mark.parametrize("layout", ["per_token", "per_expert"])
+def test_larger_worlds_match_the_oracle(nodes: int, ranks_per_node: int, layout: str) -> None:
+    """More ranks than the random worlds have, with experts on some of them only."""
+    size = nodes * ranks_per_node
+    config = AllToAllConfig(
+        64,
+        2 * size,
+        6,
+        16,
+        layout=layout,
+        expert_to_rank=tuple(expert * 5 % (size - 1) for expert in range(2 * size)),
+    )
+    scene = Scene(
+        nodes, ranks_per_node, config, rounds=2, seed=size, exact=False, per_slot=False, weighted=True
+    )
+    play(scene, settings_of(ranks_per_node, chunk_bytes=1000))
+
+
+def test_rounds_go_on_for_long() -> None:
+    """Past the 64 rounds that an immediate's tag can tell apart, and past any queue's first turn."""
+    config = AllToAllConfig(16, 8, 2, 2, channels=2)
+    scene = Scene(2, 2, config, rounds=200, seed=1, exact=False, per_slot=False, weighted=True)
+    play(scene, settings_of(2, ring_commands=16, chunk_bytes=1))
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    """Views are copied where their rows do not lie one behind the other."""
+    config = AllToAllConfig(16, 4, 2, 4)
+    wide = Batch(
+        torch.randn(32, 8, generator=torch.Generator().manual_seed(3)).bfloat16(),
+        torch.tensor([[0, 3, 1, 2]] * 4),
+        torch.rand(4, 4, generator=torch.Generator().manual_seed(4)),
+        None,
+    )
+    views = Batch(wide.x.T[::2, ::2], wide.topk_ids[:, ::2], wide.topk_weights[:, 1::2], None)
+
+    def body(all_to_all: AllToAll) -> None:
+        got, handle = all_to_all.dispatch(views.x, views.topk_ids, views.topk_weights)
+        check_dispatched(config, [views] * 2, all_to_all.local_experts, got)
+        output = compute_experts(config, all_to_all.local_experts, got, per_slot=True, weighted=False)
+        strided = torch.empty(16, 2, output.shape[0], dtype=output.dtype).permute(2, 1, 0).copy_(output)
+        check_combined(config, views, True, False, all_to_all.combine(strided, handle))
+
+    run_world(config, 2, settings_of(1), body)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_sums_are_rounded_to_nearest(nodes: int, ranks_per_node: int, dtype: torch.dtype) -> None:
+    """Two experts, every value of a 16-bit type: float32 sums, rounded once per rank that adds."""
+    size, tokens, hidden = nodes * ranks_per_node, 64, 1024
+    config = AllToAllConfig(hidden, 4, 2, tokens, dtype=dtype, combine_dtype=dtype)
+    random = torch.Generator().manual_seed(size)
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(tokens, hidden)
+    other_values = torch.randn(tokens, hidden, generator=random).to(dtype)
+    ids = torch.stack([torch.randperm(4, generator=random)[:2] for _ in range(tokens)])
+    weights = torch.rand(tokens, 2, generator=random)
+
+    placement = torch.tensor(config.placement(size))
+    terms = [weights[:, slot, None] * x.float() for slot, x in enumerate((values, other_values))]
+    one_owner = (placement[ids[:, 0]] == placement[ids[:, 1]])[:, None]
+    rounded_first = [term.to(dtype).float() for term in terms]
+    expected = torch.where(one_owner, terms[0] + terms[1], rounded_first[0] + rounded_first[1]).to(dtype)
+
+    def body(all_to_all: AllToAll) -> None:
+        got, handle = all_to_all.dispatch(values, ids, weights)
+        # Every rank dispatches the same tokens; which of them a row is, its ids and weights tell.
+        assert got.topk_weights is not None
+        token = (got.topk_weights[:, None] == weights).all(-1).int().argmax(1)
+        result = all_to_all.combine(torch.stack([values[token], other_values[token]], dim=1), handle)
+        same = (result == expected) | (result.isnan() & expected.isnan())
+        assert bool(same.all()), f"{int((~same).sum())} results differ"
+
+    run_world(config, size, settings_of(ranks_per_node), body)

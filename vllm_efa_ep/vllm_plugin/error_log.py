@@ -9,9 +9,17 @@ from vllm_efa_ep.vllm_plugin import logger
 
 @contextmanager
 def one_line_per_error() -> Iterator[None]:
-    """Log an ``EfaEpError`` of the enclosed calls in one line and let it pass on to vLLM."""
+    """Log an ``EfaEpError`` of the enclosed calls in one line and let it pass on to vLLM.
+
+    When vLLM ends this process because another one died, its signal interrupts the wait for that rank: the
+    line then says who was missing.
+    """
     try:
         yield
     except EfaEpError as error:
         logger.error("EFA EP: %s", " ".join(str(error).split()))
+        raise
+    except (SystemExit, KeyboardInterrupt) as interrupt:
+        for note in getattr(interrupt, "__notes__", ()):
+            logger.error("EFA EP: %s, and was told to end", note)
         raise

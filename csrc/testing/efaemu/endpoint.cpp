@@ -8,6 +8,7 @@
 #include <cstring>
 #include <deque>
 #include <random>
+#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
@@ -18,10 +19,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// When a peer that the carrier cannot reach counts as dead: a connection takes long on a machine that is
-// busy, but then it is not tried often either.
+// When a peer that the carrier cannot reach counts as dead. To connect takes long on a busy machine, but then
+// this process does not try often either.
 constexpr std::chrono::seconds kUnreachableAfter{3};
-constexpr uint32_t kUnreachableTries = 20000;
+constexpr uint32_t kUnreachableTries = 1000;
 
 long environment(const char* name, long fallback) {
   const char* text = std::getenv(name);
@@ -38,7 +39,13 @@ struct Write {
   uint64_t flags;
   void* context;
   Clock::time_point due;
-  uint32_t refusals = 0;  // by the carrier
+};
+
+/// A peer that the carrier cannot reach at the moment.
+struct Outage {
+  Clock::time_point since;
+  Clock::time_point tried;
+  uint32_t tries;
 };
 
 struct Queue;
@@ -61,7 +68,8 @@ struct Endpoint : Interposed {
   std::mt19937_64 random{static_cast<uint64_t>(environment("EFAEMU_SEED", 1))};
   std::vector<Write> waiting;
   std::unordered_set<void*> in_flight;  // contexts, from post to completion
-  std::deque<void*> receives;           // contexts of posted receives
+  std::unordered_map<fi_addr_t, Outage> outages;
+  std::deque<void*> receives;  // contexts of posted receives
 };
 
 /// A completion queue; it serves one endpoint.
@@ -125,23 +133,34 @@ void fail(Endpoint& state, void* context, int error) {
   state.queue->errors.push_back(entry);
 }
 
-/// Hands writes that are due to the carrier in random order; what it refuses stays for the next time. TCP
-/// refuses writes to a dead peer for ever, so after a while they fail as they would on EFA.
+/// Hands a write to the carrier. Returns whether it is gone: taken, or failed. TCP refuses writes to a dead
+/// peer for ever, so after a while they fail as they would on EFA.
+bool try_release(Endpoint& state, Write& write, Clock::time_point now) {
+  const auto outage = state.outages.find(write.peer);
+  const bool known = outage != state.outages.end();
+  if (known && outage->second.tried == now)
+    return false;  // one try per peer and poll, each costs a connection
+  const ssize_t result = hand_to_carrier(state, write);
+  if (result == -FI_EAGAIN) {
+    Outage& current = state.outages.try_emplace(write.peer, Outage{now, now, 0}).first->second;
+    current.tried = now;
+    if (++current.tries < kUnreachableTries || now - current.since < kUnreachableAfter) return false;
+    fail(state, write.context, FI_EHOSTUNREACH);
+    return true;
+  }
+  if (known) state.outages.erase(outage);
+  if (result != 0) fail(state, write.context, static_cast<int>(-result));
+  return true;
+}
+
+/// Hands writes that are due to the carrier in random order; what it refuses stays for the next time.
 void release_due_writes(Endpoint& state) {
   const Clock::time_point now = Clock::now();
   const auto due = std::partition(state.waiting.begin(), state.waiting.end(),
                                   [now](const Write& write) { return write.due > now; });
   std::shuffle(due, state.waiting.end(), state.random);
-  const auto left = std::remove_if(due, state.waiting.end(), [&](Write& write) {
-    const ssize_t result = hand_to_carrier(state, write);
-    if (result == 0) return true;
-    if (result == -FI_EAGAIN &&
-        (++write.refusals < kUnreachableTries || now - write.due < kUnreachableAfter)) {
-      return false;
-    }
-    fail(state, write.context, result == -FI_EAGAIN ? FI_EHOSTUNREACH : static_cast<int>(-result));
-    return true;
-  });
+  const auto left =
+      std::remove_if(due, state.waiting.end(), [&](Write& write) { return try_release(state, write, now); });
   state.waiting.erase(left, state.waiting.end());
 }
 

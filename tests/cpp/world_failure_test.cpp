@@ -1,0 +1,222 @@
+// Ranks that are missing, networks that fail, and writers that do not belong here.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "errors.h"
+#include "small_world.h"
+
+namespace efa_ep {
+namespace {
+
+using std::chrono::milliseconds;
+
+/// Runs a half that must end with its deadline.
+void expect_timeout(World& world, Half half, uint32_t rank, const std::vector<RankRound>& round,
+                    const std::vector<uint32_t>& missing, uint32_t number) {
+  const testing::ScopedTrace trace(__FILE__, __LINE__,
+                                   testing::Message() << "rank " << rank << " of " << world.config());
+  try {
+    world.run(half, rank, 0, round[rank]);
+    ADD_FAILURE() << "missed nobody";
+  } catch (const RankTimeoutError& error) {
+    EXPECT_EQ(error.half, kHalfNames[static_cast<size_t>(half)]);
+    EXPECT_EQ(error.round, number);
+    EXPECT_EQ(error.missing, missing) << error.what();
+  } catch (const std::exception& error) {
+    ADD_FAILURE() << error.what();
+  }
+}
+
+/// Whom `rank` has to name when it waits in vain because of `lost`.
+using Blame = std::function<uint32_t(const Topology&, uint32_t rank, uint32_t lost)>;
+
+/// In round 2, the last rank does everything before `half` but its send, and then nothing; the others get to
+/// `half` and must name whom they wait for.
+void lose_a_rank(Half half, const Blame& blame, uint32_t nodes, uint32_t ranks_per_node) {
+  WorldConfig config = small_config(nodes, ranks_per_node);
+  config.proxy_threads = true;
+  World world(config, std::chrono::seconds(2));  // in which the others do their part
+  Planner planner(config);
+  const uint32_t lost = config.world() - 1;
+  const std::vector<uint32_t> everybody = all_ranks(config);
+  const std::vector<uint32_t> others(everybody.begin(), everybody.end() - 1);
+  run_round(world, everybody, planner.plan());
+  const std::vector<RankRound> round = planner.plan();
+  const auto last = static_cast<uint32_t>(half) - 1;
+  for (uint32_t earlier = 0; earlier < last; ++earlier) {
+    run_half(world, static_cast<Half>(earlier), everybody, round);
+  }
+  run_half(world, static_cast<Half>(last), others, round);
+  std::vector<std::thread> threads;
+  for (const uint32_t rank : others) {
+    const std::vector<uint32_t> missing = {blame(config.layout.topology, rank, lost)};
+    threads.emplace_back([&, rank, missing] { expect_timeout(world, half, rank, round, missing, 2); });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+/// All shapes at once, since all they do is wait.
+void lose_a_rank_in_every_shape(Half half, const Blame& blame) {
+  std::vector<std::thread> threads;
+  for (const auto& [nodes, ranks_per_node] :
+       std::vector<std::pair<uint32_t, uint32_t>>{{1, 2}, {1, 4}, {3, 1}, {2, 2}, {2, 3}}) {
+    threads.emplace_back([&, nodes = nodes, ranks_per_node = ranks_per_node] {
+      lose_a_rank(half, blame, nodes, ranks_per_node);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// A lost rank's rows come to its own node from itself, to its rail peers over the network, and to all others
+// through the rank of their node that shares its rail.
+TEST(MissingRank, IsNamedByDispatchRecv) {
+  lose_a_rank_in_every_shape(Half::kDispatchRecv, [](const Topology& topology, uint32_t rank, uint32_t lost) {
+    if (topology.index_of(rank) == topology.index_of(lost)) return lost;
+    return topology.rail_peer(lost, topology.node_of(rank));
+  });
+}
+
+// A lost rank's partials are missed by its own node; other nodes miss that node's sums, which each of its
+// ranks sends along its rail.
+TEST(MissingRank, IsNamedByCombineRecv) {
+  lose_a_rank_in_every_shape(Half::kCombineRecv, [](const Topology& topology, uint32_t rank, uint32_t lost) {
+    if (topology.node_of(rank) == topology.node_of(lost)) return lost;
+    return topology.rail_peer(rank, topology.node_of(lost));
+  });
+}
+
+// Send halves wait for their own writes only: to overwrite their staging, and for room in the ring.
+class SlowNetwork : public testing::TestWithParam<Operation> {};
+
+INSTANTIATE_TEST_SUITE_P(Operations, SlowNetwork, testing::Values(Operation::kDispatch, Operation::kCombine));
+
+TEST_P(SlowNetwork, AWriteThatDoesNotCompleteIsNamedByTheNextSend) {
+  const WorldConfig config = small_config(4, 1);
+  World world(config, milliseconds(200));
+  Planner planner(config);
+  world.network().set_rule([](uint32_t source, const WriteRequest& request) {
+    const bool chosen = Immediate::decode(request.immediate).operation == GetParam();
+    return source == 0 && request.peer == 2 && chosen ? LoopbackNetwork::Fault::kNeverComplete
+                                                      : LoopbackNetwork::Fault::kNone;
+  });
+  run_round(world, all_ranks(config), planner.plan());
+  const Patience patience;
+  while (world.proxy(0)->unfinished_destinations() != std::vector<uint32_t>{2}) {
+    world.proxy(0)->help();
+    patience.check();
+  }
+  const std::vector<RankRound> round = planner.plan();
+  if (GetParam() == Operation::kDispatch) {
+    expect_timeout(world, Half::kDispatchSend, 0, round, {2}, 2);
+  } else {
+    run_half(world, Half::kDispatchSend, all_ranks(config), round);
+    run_half(world, Half::kDispatchRecv, all_ranks(config), round);
+    while (world.proxy(0)->unfinished_destinations() != std::vector<uint32_t>{2}) {
+      world.proxy(0)->help();
+      patience.check();
+    }
+    expect_timeout(world, Half::kCombineSend, 0, round, {2}, 2);
+  }
+}
+
+TEST(TransportFailure, EndsAWaitAndEveryLaterCall) {
+  const WorldConfig config = small_config(2, 1);
+  World world(config);
+  Planner planner(config);
+  world.network().set_rule([](uint32_t, const WriteRequest&) { return LoopbackNetwork::Fault::kFail; });
+  const std::vector<RankRound> round = planner.plan();
+  world.run(Half::kDispatchSend, 0, 0, round[0]);
+  EXPECT_THROW(world.run(Half::kDispatchRecv, 0, 0, round[0]), TransportError);
+  EXPECT_THROW(world.device(0).dispatch_wait(0), TransportError);
+}
+
+/// A dispatch row that names one expert.
+Bytes row_naming(const Layout& layout, int32_t id) {
+  Bytes row(layout.dispatch_row());
+  const std::vector<int32_t> ids = {0, id};
+  std::memcpy(row.data() + RowShape::ids_offset(), ids.data(), sizeof(int32_t) * ids.size());
+  return row;
+}
+
+RankRound nothing() { return {}; }
+
+// Node 1 is played by the test: its slot holds a row that no rank of this run can have written.
+TEST(ForeignRow, InASlotIsAProtocolError) {
+  for (const uint32_t ranks_per_node : {1u, 2u}) {
+    for (const int32_t id : {99, std::numeric_limits<int32_t>::max()}) {
+      const WorldConfig config = small_config(2, ranks_per_node);
+      World world(config);
+      const Bytes row = row_naming(config.layout, id);
+      const uint32_t writer = ranks_per_node;  // index 0 of node 1
+      std::copy(row.begin(), row.end(),
+                world.arena(writer) + config.layout.staging(0, Operation::kDispatch, 1, 0));
+      const Immediate immediate{.round_tag = 1, .source_node = 1, .first = true, .value = 1};
+      ASSERT_EQ(world.network().endpoint(writer).post_write(
+                    {.peer = 0,
+                     .local_offset = config.layout.staging(0, Operation::kDispatch, 1, 0),
+                     .remote_offset = config.layout.slot(0, Operation::kDispatch, 0, 1),
+                     .bytes = static_cast<uint32_t>(row.size()),
+                     .immediate = immediate.encode()}),
+                PostResult::kPosted);
+      world.dispatch_send(0, 0, nothing());
+      try {
+        world.device(0).dispatch_wait(0);
+        ADD_FAILURE();
+      } catch (const ProtocolError& error) {
+        EXPECT_NE(std::string(error.what()).find("expert " + std::to_string(id)), std::string::npos);
+      }
+    }
+  }
+}
+
+/// A world of two local ranks of which rank 1 is played by the test.
+class ForeignRegion : public testing::TestWithParam<bool> {
+ protected:
+  ForeignRegion() {
+    config_.per_expert = GetParam();
+    world_.emplace(config_);
+    world_->dispatch_send(0, 0, nothing());
+  }
+  void announce(RoundWord word) {
+    const size_t block = config_.layout.block(0, 0, 1);
+    std::memcpy(world_->arena(0) + config_.layout.region(0, block), row_.data(), row_.size());
+    const uint64_t bits = word.encode();
+    std::memcpy(world_->arena(0) + config_.layout.region_flag(0, block), &bits, sizeof bits);
+  }
+  WorldConfig config_ = small_config(1, 2);
+  Bytes row_ = row_naming(config_.layout, 2);
+  std::optional<World> world_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Layouts, ForeignRegion, testing::Bool());
+
+TEST_P(ForeignRegion, ARowThatNamesAnUnknownExpertIsAProtocolError) {
+  announce({.round = 1, .rows = 1});
+  EXPECT_EQ(world_->device(0).dispatch_wait(0), 1u);
+  Bytes x(16 * 2 * kMaxTokens);
+  std::vector<int32_t> ids(kTopK * 2 * kMaxTokens);
+  std::vector<float> weights(ids.size());
+  int32_t tokens_per_expert = 0;
+  EXPECT_THROW(world_->device(0).dispatch_pack(0, {.x = x.data(),
+                                                   .ids = ids.data(),
+                                                   .weights = weights.data(),
+                                                   .tokens_per_expert = &tokens_per_expert}),
+               ProtocolError);
+}
+
+TEST_P(ForeignRegion, MoreRowsThanTokensIsAProtocolError) {
+  announce({.round = 1, .rows = kMaxTokens + 1});
+  EXPECT_THROW(world_->device(0).dispatch_wait(0), ProtocolError);
+}
+
+}  // namespace
+}  // namespace efa_ep
