@@ -106,13 +106,16 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
-	@$(BIN)/clang-tidy --quiet -p $(BUILD)/cpp-plain $$(git ls-files 'csrc/*.cpp')
+	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/lint -G Ninja -DEFA_EP_TESTS=ON -DPython_EXECUTABLE=$(BIN)/python > $(BUILD)/lint.log \
+	  || (cat $(BUILD)/lint.log; exit 1)
+	@git ls-files 'csrc/*.cpp' | xargs -P 2 -n 4 $(BIN)/clang-tidy --quiet -p $(BUILD)/lint
 
 # --- measure ------------------------------------------------------------------------------------------------
 
 bench: setup
 	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-plain -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON > /dev/null
 	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-plain
+	@$(BUILD)/cpp-plain/benchmarks/proxy_rate
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.round_trip $(BENCH)
 
 clean:

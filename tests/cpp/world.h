@@ -49,13 +49,14 @@ class World {
       for (uint32_t index = 0; index < topology.ranks_per_node; ++index) {
         node_arenas.push_back(arenas_[topology.rank_at(topology.node_of(rank), index)].data());
       }
-      devices_.push_back(std::make_unique<CpuDevice>(CpuDeviceOptions{.layout = config.layout,
-                                                                      .rank = rank,
-                                                                      .expert_owner = config.expert_owner,
-                                                                      .combine_type = config.combine_type,
-                                                                      .per_expert = config.per_expert,
-                                                                      .timeout = timeout},
-                                                     node_arenas, proxies_[rank].get()));
+      CpuDeviceOptions options;
+      options.layout = config.layout;
+      options.rank = rank;
+      options.expert_owner = config.expert_owner;
+      options.combine_type = config.combine_type;
+      options.per_expert = config.per_expert;
+      options.timeout = timeout;
+      devices_.push_back(std::make_unique<CpuDevice>(options, node_arenas, proxies_[rank].get()));
     }
   }
 

@@ -139,6 +139,29 @@ TEST(TransportFailure, EndsAWaitAndEveryLaterCall) {
   EXPECT_THROW(world.device(0).dispatch_wait(0), TransportError);
 }
 
+TEST(Interrupt, EndsAWaitWithTheCallersOwnError) {
+  struct Interrupted {
+    std::string wait;
+  };
+  const WorldConfig config = small_config(1, 2);
+  World world(config);
+  CpuDeviceOptions options;
+  options.layout = config.layout;
+  options.expert_owner = config.expert_owner;
+  options.check_interrupt = [](const std::function<std::string()>& describe) {
+    throw Interrupted{describe()};
+  };
+  CpuDevice device(options, {world.arena(0), world.arena(1)}, nullptr);
+  device.dispatch_send(0, {});
+  try {
+    device.dispatch_wait(0);
+    FAIL();
+  } catch (const Interrupted& interrupted) {
+    EXPECT_EQ(interrupted.wait.find("dispatch_recv of round 1 on rank 0 waited"), 0u) << interrupted.wait;
+    EXPECT_NE(interrupted.wait.find("for rank 1"), std::string::npos) << interrupted.wait;
+  }
+}
+
 /// A dispatch row that names one expert.
 Bytes row_naming(const Layout& layout, int32_t id) {
   Bytes row(layout.dispatch_row());

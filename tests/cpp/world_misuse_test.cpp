@@ -110,7 +110,9 @@ TEST_F(Misuse, CallsOutOfTurn) {
 }
 
 TEST_F(Misuse, OfTheConstructor) {
-  CpuDeviceOptions options{.layout = config_.layout, .rank = 0, .expert_owner = {0, 1}};
+  CpuDeviceOptions options;
+  options.layout = config_.layout;
+  options.expert_owner = {0, 1};
   const std::vector<std::byte*> arenas = {world_.arena(0)};
   EXPECT_NO_THROW(CpuDevice(options, arenas, world_.proxy(0)));
   EXPECT_THROW(CpuDevice(options, {}, world_.proxy(0)), ConfigurationError);
