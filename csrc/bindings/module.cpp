@@ -38,7 +38,7 @@ void raise(const char* name, const std::exception& error) {
   PyErr_SetString(python_error(name).ptr(), error.what());
 }
 
-void raise(nb::object instance) {
+void raise(const nb::object& instance) {
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())), instance.ptr());
 }
 
@@ -119,6 +119,10 @@ void bind_protocol(nb::module_& m) {
           "__init__",
           [](Layout* self, uint32_t world, uint32_t ranks_per_node, uint32_t top_k, uint32_t payload_bytes,
              uint32_t scale_bytes, uint32_t combine_bytes, uint32_t max_tokens, uint32_t channels) {
+            if (ranks_per_node == 0 || world % ranks_per_node != 0) {
+              throw ConfigurationError(std::to_string(world) + " ranks do not divide into nodes of " +
+                                       std::to_string(ranks_per_node));
+            }
             new (self) Layout{.topology = {world, ranks_per_node},
                               .row = {top_k, payload_bytes, scale_bytes, combine_bytes},
                               .max_tokens = max_tokens,
@@ -133,7 +137,7 @@ void bind_protocol(nb::module_& m) {
       .def("sections", [](const Layout& layout) -> Counters {
         nb::dict result;
         for (uint32_t s = 0; s < kSections; ++s) {
-          result[std::string(kSectionNames[s]).c_str()] = layout.padded_bytes(static_cast<Section>(s));
+          result[kSectionNames[s]] = layout.padded_bytes(static_cast<Section>(s));
         }
         return result;
       });
@@ -210,11 +214,12 @@ void bind_proxy(nb::module_& m) {
 void check_signals(const std::function<std::string()>& describe) {
   const nb::gil_scoped_acquire lock;
   if (PyErr_CheckSignals() == 0) return;
-  const nb::python_error error;
+  nb::python_error error;
   nb::list notes;
   notes.append(describe());
   error.value().attr("__notes__") = notes;
-  throw error;
+  error.restore();
+  nb::raise_python_error();
 }
 
 void bind_device(nb::module_& m) {

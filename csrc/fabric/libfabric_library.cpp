@@ -65,7 +65,7 @@ LibfabricLibrary::LibfabricLibrary(void* handle)
       major_(FI_MAJOR(fi_version())),
       minor_(FI_MINOR(fi_version())) {
   link_map* map = nullptr;
-  if (dlinfo(handle, RTLD_DI_LINKMAP, &map) == 0) path_ = map->l_name;
+  if (dlinfo(handle, RTLD_DI_LINKMAP, static_cast<void*>(&map)) == 0) path_ = map->l_name;
 }
 
 LibfabricLibrary* LibfabricLibrary::load(const std::string& path) {

@@ -18,7 +18,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <string_view>
 
 #include "protocol/immediate.h"
 #include "protocol/limits.h"
@@ -40,7 +39,7 @@ enum class Section : uint32_t {
   kCombineSlots,
 };
 inline constexpr uint32_t kSections = 10;
-inline constexpr std::array<std::string_view, kSections> kSectionNames = {
+inline constexpr std::array<const char*, kSections> kSectionNames = {
     "arrivals",       "completions", "region_flags", "partial_flags",   "dispatch_staging",
     "dispatch_slots", "regions",     "partials",     "combine_staging", "combine_slots"};
 

@@ -18,6 +18,7 @@
 
 #include "errors.h"
 #include "fabric/libfabric_fabric.h"
+#include "libfabric_testing.h"
 
 namespace efa_ep {
 namespace {
@@ -25,18 +26,10 @@ namespace {
 constexpr size_t kMemoryBytes = size_t{1} << 20;
 constexpr std::chrono::seconds kDeadline{60};
 
-LibfabricOptions options_for(const std::string& provider) {
-  LibfabricOptions options;
-  options.provider = provider;
-  options.interface = "lo";
-  options.peers = 1;
-  if (const char* library = std::getenv("EFA_EP_LIBFABRIC")) options.library = library;
-  return options;
-}
-
 /// A fabric connected to the process at the other end of a socket.
 struct Rank {
-  Rank(const std::string& provider, int socket) : memory(kMemoryBytes), fabric(options_for(provider)) {
+  Rank(const std::string& provider, int socket)
+      : memory(kMemoryBytes), fabric(testing::options_for(provider)) {
     fabric.register_memory(memory.data(), memory.size());
     fabric.connect(0, exchange(socket, fabric.address()));
     exchange(socket, {});  // nobody writes before both have connected
