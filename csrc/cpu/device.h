@@ -32,7 +32,7 @@ struct CpuDeviceOptions {
   std::chrono::nanoseconds timeout = std::chrono::seconds(120);
   /// Called about ten times a second during a wait, with a function that describes the wait; throws to end
   /// it.
-  std::function<void(const std::function<std::string()>&)> check_interrupt;
+  std::function<void(const std::function<std::string()>&)> check_interrupt = nullptr;
 };
 
 /// Tokens to send. All tables are contiguous, row by row.
