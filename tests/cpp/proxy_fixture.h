@@ -118,8 +118,13 @@ class ProxyTest : public testing::Test {
            .immediate = immediate(source, shipment, chunk).encode()},
           source);
   }
-  /// A whole shipment from a bare endpoint, its chunks in random order.
+  /// A whole shipment from a bare endpoint, its chunks in random order, when its staging is free.
   void write_all(uint32_t source, const Shipment& shipment) {
+    const Patience patience;
+    while (network_->traffic(source).outstanding[0] > 0) {
+      poll(source);
+      patience.check();
+    }
     stage(source, 0, shipment);
     std::vector<uint32_t> order(chunking(shipment).chunks);
     std::iota(order.begin(), order.end(), 0);
