@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -71,6 +72,8 @@ class LoopbackNetwork {
     const std::lock_guard lock(mutex_);
     rule_ = std::move(rule);
   }
+  /// While held, writes arrive, but no source learns of its own. Orders the caller with nobody.
+  void hold_completions(bool hold) { completions_held_.store(hold, std::memory_order_relaxed); }
   Traffic traffic(uint32_t rank) {
     const std::lock_guard lock(mutex_);
     return endpoints_.at(rank)->traffic;
@@ -180,15 +183,16 @@ class LoopbackNetwork {
     const size_t chosen = below(writes_.size());
     Write& write = writes_[chosen];
     const WriteRequest& request = write.request;
+    const bool held = completions_held_.load(std::memory_order_relaxed);
     if (!write.pieces.empty()) {
       const auto [begin, end] = take(write.pieces);
       std::memcpy(write.to() + begin, write.from() + begin, end - begin);
       return;
     }
-    if (write.arrives && (!write.completes || below(2) == 0)) {
+    if (write.arrives && (!write.completes || held || below(2) == 0)) {
       write.arrives = false;
       write.target->events.push_back({{CompletionKind::kArrival, 0, request.immediate, {}}, 0, 0});
-    } else if (write.completes) {
+    } else if (write.completes && !held) {
       write.completes = false;
       if (!std::equal(write.content.begin(), write.content.end(), write.from())) {
         throw std::logic_error("loopback: rank " + std::to_string(write.source->rank) +
@@ -217,6 +221,7 @@ class LoopbackNetwork {
   std::mt19937_64 random_;
   FabricDescription description_;
   Rule rule_;
+  std::atomic<bool> completions_held_{false};
   std::vector<std::unique_ptr<Endpoint>> endpoints_;
   std::vector<Write> writes_;
 };

@@ -94,7 +94,7 @@ TEST(MissingRank, IsNamedByCombineRecv) {
   });
 }
 
-// Send halves wait for their own writes only: to overwrite their staging, and for room in the ring.
+// Send halves wait for nothing but their own writes, before they overwrite their staging.
 class SlowNetwork : public testing::TestWithParam<Operation> {};
 
 INSTANTIATE_TEST_SUITE_P(Operations, SlowNetwork, testing::Values(Operation::kDispatch, Operation::kCombine));
@@ -125,6 +125,25 @@ TEST_P(SlowNetwork, AWriteThatDoesNotCompleteIsNamedByTheNextSend) {
       patience.check();
     }
     expect_timeout(world, Half::kCombineSend, 0, round, {2}, 2);
+  }
+}
+
+// The completion word is all that a send half needs: it neither helps nor locks before it overwrites what
+// the network has just let go of.
+TEST(Staging, IsFreeWhenTheCompletionWordSaysSo) {
+  WorldConfig config = small_config(2, 1);
+  config.proxy_threads = true;
+  World world(config);
+  Planner planner(config);
+  for (uint32_t i = 0; i < 10; ++i) {
+    world.network().hold_completions(true);
+    run_round(world, {0, 1}, planner.plan());
+    world.network().hold_completions(false);
+    const Patience patience;
+    for (const uint32_t rank : {0u, 1u}) {
+      while (world.proxy(rank)->counters().completions < world.proxy(rank)->counters().writes)
+        patience.check();
+    }
   }
 }
 

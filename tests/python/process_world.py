@@ -6,10 +6,12 @@ Processes are forked from a server that has imported torch once, so a world star
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -114,10 +116,17 @@ class ProcessWorld:
         self._lines[rank].send("go")
 
     def signal(self, rank: int, number: signal.Signals) -> None:
-        """Send a signal."""
-        pid = self.processes[rank].pid
-        assert pid is not None
-        os.kill(pid, number)
+        """Send a signal; return once SIGKILL or SIGSTOP has taken effect on all threads."""
+        process = self.processes[rank]
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        if number == signal.SIGKILL:
+            process.join(DEADLINE_S)
+        if number == signal.SIGSTOP:
+            deadline = time.monotonic() + DEADLINE_S
+            while not _is_stopped(process.pid):
+                assert time.monotonic() < deadline, f"rank {rank} does not stop"
+                threading.Event().wait(0.001)
 
     def ended(self, rank: int) -> Ended:
         """Wait until the body of ``rank`` ends."""
@@ -141,6 +150,12 @@ class ProcessWorld:
             raise AssertionError(f"rank {rank} died without a word; {kind} was expected") from None
         assert got_kind == kind, f"rank {rank} said {got_kind} {value!r}; {kind} was expected"
         return value
+
+
+def _is_stopped(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    # The state follows the name, which is in parentheses.
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
 
 
 def run_processes(size: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:

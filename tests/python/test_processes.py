@@ -113,8 +113,6 @@ def test_a_store_without_its_host_is_an_error_in_time(number: signal.Signals) ->
         for rank in (0, 1):
             world.hear(rank, "there")
         world.signal(0, number)
-        if number == signal.SIGKILL:
-            world.processes[0].join()
         world.go(1)
         ended = world.ended(1)
         assert ended.error is None, ended.message

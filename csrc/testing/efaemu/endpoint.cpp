@@ -26,7 +26,7 @@ constexpr uint32_t kUnreachableTries = 1000;
 
 long environment(const char* name, long fallback) {
   const char* text = std::getenv(name);
-  return text != nullptr ? std::atol(text) : fallback;
+  return text != nullptr ? std::strtol(text, nullptr, 10) : fallback;
 }
 
 /// A write that was posted and not yet handed to the carrier.
