@@ -12,7 +12,6 @@ import pytest
 from fault_plugin import install
 from vllm_server import PROMPTS, Server, serve
 
-# vLLM ends the other processes of a server about seven seconds after one of its workers died.
 TIMEOUT_S = 4
 # Our deadline, and what vLLM grants its own processes to end.
 EXIT_DEADLINE_S = TIMEOUT_S + 60
@@ -66,5 +65,7 @@ def test_failed_rank_is_named_and_the_server_ends(
         _, leaked = psutil.wait_procs(server.processes(), timeout=20)
         assert not leaked, f"left behind: {leaked}\n{server.log_tail()}"
     lines = [line for line in log.splitlines() if "EFA EP: " in line and "ERROR" in line]
-    assert lines, f"no rank reported the failure\n{log[-6000:]}"
+    # vLLM sees the death of a worker itself, says so, and may end the others before they can add anything.
+    vllm_names_it = fault == signal.SIGKILL and re.search(r"EngineCore_DP1.*died unexpectedly", log)
+    assert lines or vllm_names_it, f"nothing names the failed rank\n{log[-6000:]}"
     assert all(re.search(r"\brank 1\b", line) for line in lines), "\n".join(lines)
