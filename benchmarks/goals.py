@@ -45,7 +45,8 @@ class Goal:
         worst, cell = pick(judged, key=lambda pair: pair[0])
         where = "{world} ranks, {tokens} x {hidden} {dtype}".format(**cell)
         verdict = "met    " if all(met) else "NOT met"
-        return f"{verdict} in {sum(met)}/{len(met)} cells  {self.text}; worst {worst:.2f}x ({where})"
+        reached = f"{sum(met)} of {len(met)} cells reach it"
+        return f"{verdict} ({reached})  {self.text}; worst {worst:.2f}x ({where})"
 
 
 def median(result: CellResult, name: str) -> float:
