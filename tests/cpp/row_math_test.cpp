@@ -160,6 +160,10 @@ TEST_P(RowMath, InfinitiesAndNaNs) {
   const Bytes b = row_of({1, 1, -kInfinity, 1, nan, kInfinity});
   expect_equal(sum({a, b}, {1, 1}), {kInfinity, -kInfinity, nan, nan, nan, kInfinity});
   EXPECT_TRUE(std::isnan(value(sum({a, b}, {1, 0}), 5)));  // 0 * infinity
+  // Also a NaN whose fraction would overflow if it were rounded like a number's.
+  for (const uint32_t bits : {0x7FFFFFFFu, 0xFFFFFFFFu, 0x7F800001u}) {
+    EXPECT_TRUE(std::isnan(value(sum({a}, {std::bit_cast<float>(bits)}), 4)));
+  }
 }
 
 TEST_P(RowMath, OverflowGivesInfinity) {
