@@ -150,21 +150,22 @@ void CpuDevice::wait(Half half, uint32_t round, const std::function<bool()>& rea
   for (uint32_t turn = 1;; ++turn) {
     const bool moved = proxy_ != nullptr && proxy_->help();
     if (ready()) return;
+    bool nap = false;
+    // Also while something moves: it may be another channel's, and this wait has a deadline of its own.
+    if (turn % kTurnsPerClockCheck == 0) {
+      if (proxy_ != nullptr) proxy_->throw_if_failed();
+      const auto now = Clock::now();
+      if (now - start > options_.timeout) {
+        throw RankTimeoutError(describe(), kHalfNames[static_cast<size_t>(half)], round, missing());
+      }
+      if (options_.check_interrupt && now - last_interrupt_check > kInterruptCheckTime) {
+        last_interrupt_check = now;
+        options_.check_interrupt(describe);
+      }
+      nap = now - start > kYieldTime;
+    }
     if (moved) continue;
-    if (turn % kTurnsPerClockCheck != 0) {
-      sched_yield();
-      continue;
-    }
-    if (proxy_ != nullptr) proxy_->throw_if_failed();
-    const auto now = Clock::now();
-    if (now - start > options_.timeout) {
-      throw RankTimeoutError(describe(), kHalfNames[static_cast<size_t>(half)], round, missing());
-    }
-    if (options_.check_interrupt && now - last_interrupt_check > kInterruptCheckTime) {
-      last_interrupt_check = now;
-      options_.check_interrupt(describe);
-    }
-    if (now - start > kYieldTime) {
+    if (nap) {
       std::this_thread::sleep_for(kNap);
     } else {
       sched_yield();
