@@ -48,8 +48,9 @@ std::vector<double> measure(const Shape& shape) {
     for (uint32_t submitted = 0; submitted < kCommandsPerSample; submitted += shape.burst) {
       for (uint32_t i = 0; i < shape.burst; ++i) {
         destination = destination + 1 < shape.nodes ? destination + 1 : 1;
-        const Command command{
-            .immediate = immediate.encode(), .destination_node = destination, .first_row = 0, .rows = 1};
+        const Command command{.immediate = immediate.encode(),
+                              .destination_node = static_cast<uint16_t>(destination),
+                              .rows = 1};
         while (!proxy.try_submit(command)) proxy.help();
       }
       while (proxy.counters().completions - before < submitted + shape.burst) proxy.help();

@@ -15,83 +15,65 @@ void CpuDevice::combine_send(uint32_t channel_index, const CombineInput& input) 
   channel.stage = Stage::kCombineSent;
   channel.summed.assign(topology_.nodes(), false);
   channel.summed[node_] = true;
-  if (topology_.nodes() > 1) wait_for_staging(channel_index, Operation::kCombine, Half::kCombineSend);
-  uint32_t first_row = 0;
-  for (const Source& source : channel.sources) {
-    if (source.own_rail) {
-      stage_partials(channel_index, source, input, first_row);
-    } else {
-      write_partials(channel_index, source, input, first_row);
-    }
-    first_row += source.rows;
-  }
+  for (const Source& source : channel.sources) offer_results(channel_index, input, source);
   sum_rail(channel_index);
   if (proxy_ != nullptr) proxy_->help();
 }
 
-// Rows of the own rail: this rank's share goes straight to where the node's sum will be. With one rank per
-// node it is the sum.
-void CpuDevice::stage_partials(uint32_t channel_index, const Source& source, const CombineInput& input,
-                               uint32_t first_row) {
-  const uint32_t node = topology_.node_of(source.rank);
-  std::byte* staging = own_arena() + layout_.staging(channel_index, Operation::kCombine, node_, node);
-  const auto stage = [&](uint32_t i) {
-    reduce_row(staging + source.slot_rows[i] * layout_.combine_row(), channel_index, input,
-               row_of(channel_index, source, i), first_row + i);
+// Makes one source's results, one row per received row, and tells who needs them: the network if this rank's
+// results are its node's sums already, else the local rank that shares the source's rail, which may be this
+// one.
+void CpuDevice::offer_results(uint32_t channel_index, const CombineInput& input, const Source& source) {
+  const auto rows = static_cast<uint32_t>(source.rows.size());
+  const bool in_place = !options_.per_expert && !input.per_slot && input.rows == results(channel_index);
+  const auto make = [&](uint32_t row) {
+    if (!in_place) reduce_row(channel_index, input, source, row);
   };
-  if (topology_.ranks_per_node == 1) {
-    post_rows(channel_index, Operation::kCombine, node, source.rows, stage);
+  const uint32_t node = topology_.node_of(source.rank);
+  if (topology_.ranks_per_node == 1 && node != node_) {
+    post_rows(channel_index, Operation::kCombine, node, rows, [&](uint32_t first, uint32_t count) {
+      for (uint32_t row = first; row < first + count; ++row) make(row);
+      return source.first_row + first;
+    });
     channels_[channel_index].summed[node] = true;
     return;
   }
-  for (uint32_t i = 0; i < source.rows; ++i) stage(i);
-}
-
-// Rows of this rank itself and of other rails: partial sums go to the local rank that shares the source's
-// rail.
-void CpuDevice::write_partials(uint32_t channel_index, const Source& source, const CombineInput& input,
-                               uint32_t first_row) {
-  const uint32_t rail = topology_.index_of(source.rank);
-  const size_t block = layout_.block(rail, topology_.node_of(source.rank), index_);
-  std::byte* partials = arenas_[rail] + layout_.partial(channel_index, block);
-  if (!options_.per_expert && !input.per_slot) {
-    // Not memcpy: a rank without rows may pass no pointer.
-    std::copy_n(input.rows + first_row * layout_.combine_row(), source.rows * layout_.combine_row(),
-                partials);
-  } else {
-    for (uint32_t i = 0; i < source.rows; ++i) {
-      reduce_row(partials + i * layout_.combine_row(), channel_index, input, row_of(channel_index, source, i),
-                 first_row + i);
-    }
+  for (uint32_t row = 0; row < rows; ++row) make(row);
+  std::byte* rail = arenas_[source.holder];
+  const size_t flag = layout_.result_flag(channel_index, layout_.block(source.holder, node, index_));
+  if (node == node_ || source.holder != index_) {
+    word(rail, flag + sizeof(uint64_t)).store(source.first_row, std::memory_order_relaxed);
+    word(rail, flag)
+        .store(RoundWord{channels_[channel_index].round, rows}.encode(), std::memory_order_release);
+    counters_.peer_rows += rows;
   }
-  const RoundWord flag{channels_[channel_index].round, source.rows};
-  word(arenas_[rail], layout_.partial_flag(channel_index, block))
-      .store(flag.encode(), std::memory_order_release);
-  counters_.peer_rows += source.rows;
 }
 
 // Sums one received row's results over this rank's experts, in slot order.
-void CpuDevice::reduce_row(std::byte* to, uint32_t channel_index, const CombineInput& input,
-                           const std::byte* dispatched, uint32_t row) const {
+void CpuDevice::reduce_row(uint32_t channel_index, const CombineInput& input, const Source& source,
+                           uint32_t source_row) const {
   const uint32_t top_k = layout_.row.top_k;
   const size_t bytes = layout_.combine_row();
+  const size_t row = source.first_row + source_row;
   std::array<WeightedRow, kMaxTopK> terms;
   size_t count = 0;
   if (!options_.per_expert && !input.per_slot) {
     terms[count++] = {input.rows + row * bytes, 1.0f};
   } else {
+    const std::byte* dispatched = row_of(source, source_row);
     const int32_t* ids = ids_of(dispatched);
     const float* weights = weights_of(dispatched);
     for (uint32_t slot = 0; slot < top_k; ++slot) {
       if (!is_own(ids[slot])) continue;
-      const size_t entry = size_t{row} * top_k + slot;
+      const size_t entry = row * top_k + slot;
       const size_t place = input.per_slot ? entry
                                           : size_t{placement_.local(ids[slot])} * capacity() +
                                                 channels_[channel_index].positions[entry];
       terms[count++] = {input.rows + place * bytes, input.weights_applied ? 1.0f : weights[slot]};
     }
   }
-  sum_rows(to, {terms.data(), count}, bytes / scalar_bytes(options_.combine_type), options_.combine_type);
+  sum_rows(results(channel_index) + row * bytes, {terms.data(), count},
+           bytes / scalar_bytes(options_.combine_type), options_.combine_type);
 }
 
 // Sends the node's sums to every source of the own rail whose partials are all here. True when all have been
@@ -103,7 +85,7 @@ bool CpuDevice::sum_rail(uint32_t channel_index) {
     if (channel.summed[node]) continue;
     bool complete = true;
     for (uint32_t owner = 0; owner < topology_.ranks_per_node && complete; ++owner) {
-      complete = owner == index_ || partials_ready(channel_index, node, owner);
+      complete = owner == index_ || results_offered(channel_index, node, owner);
     }
     if (complete) {
       sum_node(channel_index, node);
@@ -115,59 +97,101 @@ bool CpuDevice::sum_rail(uint32_t channel_index) {
   return all;
 }
 
-bool CpuDevice::partials_ready(uint32_t channel_index, uint32_t source_node, uint32_t owner) const {
+bool CpuDevice::results_offered(uint32_t channel_index, uint32_t source_node, uint32_t owner) const {
   const size_t block = layout_.block(index_, source_node, owner);
-  return read_word(layout_.partial_flag(channel_index, block)).round == channels_[channel_index].round;
+  return read_word(layout_.result_flag(channel_index, block)).round == channels_[channel_index].round;
 }
 
-// Partials lie in the order of their owner's rows; which rows those are, the dispatch slot still says.
+// The `rows` results that an owner has for this rail's source on `source_node`, in its arena. The place comes
+// from another rank, so it is checked.
+const std::byte* CpuDevice::results_of(uint32_t channel_index, uint32_t source_node, uint32_t owner,
+                                       size_t rows) const {
+  const size_t flag = layout_.result_flag(channel_index, layout_.block(index_, source_node, owner));
+  const uint64_t first = word(own_arena(), flag + sizeof(uint64_t)).load(std::memory_order_relaxed);
+  const RoundWord offered = read_word(flag);
+  if (offered.rows != rows || first > capacity() - rows) {
+    throw ProtocolError(
+        "rank " + std::to_string(topology_.rank_at(node_, owner)) + " offers results " +
+        std::to_string(first) + " to " + std::to_string(first + offered.rows) + " for tokens of rank " +
+        std::to_string(topology_.rail_peer(options_.rank, source_node)) + ", but " + std::to_string(rows) +
+        " rows of at most " + std::to_string(capacity()) + " were sent to it");
+  }
+  return arenas_[owner] + layout_.results(channel_index) + first * layout_.combine_row();
+}
+
+// Each owner's results lie in the order of its rows; which rows those are, the dispatch slot still says.
 void CpuDevice::sum_node(uint32_t channel_index, uint32_t node) {
   const Channel& channel = channels_[channel_index];
   const size_t bytes = layout_.combine_row();
+  const uint32_t rows = channel.slot_rows[node];
   const std::byte* slot = own_arena() + layout_.slot(channel_index, Operation::kDispatch, node_, node);
-  std::byte* staging = own_arena() + layout_.staging(channel_index, Operation::kCombine, node_, node);
-  std::vector<uint32_t> next(topology_.ranks_per_node, 0);
-  post_rows(channel_index, Operation::kCombine, node, channel.slot_rows[node], [&](uint32_t row) {
+  const uint32_t first = layout_.staged_row(node_, node);
+  std::byte* staging =
+      own_arena() + layout_.outgoing(channel_index, Operation::kCombine) + size_t{first} * bytes;
+  std::vector<const std::byte*> next(topology_.ranks_per_node);
+  for (uint32_t owner = 0; owner < topology_.ranks_per_node; ++owner) {
+    if (owner == index_) {
+      const Source& source = channel.sources[topology_.rail_peer(options_.rank, node)];
+      next[owner] = results(channel_index) + source.first_row * bytes;
+    } else {
+      next[owner] = results_of(channel_index, node, owner,
+                               channel.listed[size_t{node} * topology_.ranks_per_node + owner]);
+    }
+  }
+  const auto sum_row = [&](uint32_t row) {
     std::array<WeightedRow, kMaxTopK> terms;
     size_t count = 0;
     for (const uint32_t owner : owners_of(ids_of(slot + row * layout_.dispatch_row()))) {
-      const std::byte* partials =
-          own_arena() + layout_.partial(channel_index, layout_.block(index_, node, owner));
-      terms[count++].row = owner == index_ ? staging + row * bytes : partials + next[owner]++ * bytes;
+      terms[count++].row = next[owner];
+      next[owner] += bytes;
     }
     sum_rows(staging + row * bytes, {terms.data(), count}, bytes / scalar_bytes(options_.combine_type),
              options_.combine_type);
+  };
+  post_rows(channel_index, Operation::kCombine, node, rows, [&](uint32_t chunk_row, uint32_t count) {
+    for (uint32_t row = chunk_row; row < chunk_row + count; ++row) sum_row(row);
+    return first + chunk_row;
   });
+}
+
+bool CpuDevice::combine_ready(uint32_t channel_index) {
+  require(channel_index, Stage::kCombineSent, "combine_recv");
+  // The next round's rows take the place of those that this round's writes came from.
+  if (!sum_rail(channel_index) || !sent(channel_index, Operation::kDispatch)) return false;
+  for (uint32_t owner = 0; owner < topology_.ranks_per_node; ++owner) {
+    if (!results_offered(channel_index, node_, owner)) return false;
+  }
+  for (uint32_t node = 0; node < topology_.nodes(); ++node) {
+    if (node != node_ && !sums_arrived(channel_index, node)) return false;
+  }
+  return true;
+}
+
+bool CpuDevice::sums_arrived(uint32_t channel_index, uint32_t node) const {
+  return read_word(layout_.arrival(channel_index, Operation::kCombine, node)).round ==
+         channels_[channel_index].round;
 }
 
 void CpuDevice::combine_recv(uint32_t channel_index, std::byte* out) {
   require(channel_index, Stage::kCombineSent, "combine_recv");
   const ScopedTimer timer(counters_.half_ns[static_cast<size_t>(Half::kCombineRecv)]);
   Channel& channel = channels_[channel_index];
-  const auto arrived = [&](uint32_t node) {
-    return read_word(layout_.arrival(channel_index, Operation::kCombine, node)).round == channel.round;
-  };
   wait(
-      Half::kCombineRecv, channel.round,
-      [&] {
-        bool all = sum_rail(channel_index);
-        for (uint32_t owner = 0; owner < topology_.ranks_per_node && all; ++owner) {
-          all = partials_ready(channel_index, node_, owner);
-        }
-        for (uint32_t node = 0; node < topology_.nodes() && all; ++node) all = node == node_ || arrived(node);
-        return all;
-      },
+      Half::kCombineRecv, channel.round, [&] { return combine_ready(channel_index); },
       [&] {
         std::set<uint32_t> missing;
         for (uint32_t node = 0; node < topology_.nodes(); ++node) {
-          if (node != node_ && !arrived(node)) missing.insert(topology_.rail_peer(options_.rank, node));
+          if (node != node_ && !sums_arrived(channel_index, node)) {
+            missing.insert(topology_.rail_peer(options_.rank, node));
+          }
           for (uint32_t owner = 0; owner < topology_.ranks_per_node; ++owner) {
-            const bool in_slot = owner == index_ && node != node_;
-            if (!in_slot && !partials_ready(channel_index, node, owner)) {
+            const bool own_rail = owner == index_ && node != node_;
+            if (!own_rail && !results_offered(channel_index, node, owner)) {
               missing.insert(topology_.rank_at(node_, owner));
             }
           }
         }
+        if (missing.empty()) return unfinished_peers();
         return std::vector<uint32_t>(missing.begin(), missing.end());
       });
   gather(channel_index, out);
@@ -191,8 +215,8 @@ void CpuDevice::gather(uint32_t channel_index, std::byte* out) const {
       continue;
     }
     for (uint32_t owner = 0; owner < topology_.ranks_per_node; ++owner) {
-      const size_t block = layout_.block(index_, node_, owner);
-      parts.push_back({&channel.tokens_of_owner[owner], own_arena() + layout_.partial(channel_index, block)});
+      const std::vector<uint32_t>& tokens = channel.tokens_of_owner[owner];
+      parts.push_back({&tokens, results_of(channel_index, node_, owner, tokens.size())});
     }
   }
   for (uint32_t token = 0; token < channel.tokens; ++token) {

@@ -47,16 +47,20 @@ CpuDevice::CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> ar
     throw ConfigurationError(
         "a device needs the arena of every rank of its node, and a proxy if there are several nodes");
   }
-  for (Channel& channel : channels_) {
+  for (uint32_t channel_index = 0; channel_index < channels_.size(); ++channel_index) {
+    Channel& channel = channels_[channel_index];
     channel.tokens_of_node.resize(topology_.nodes());
     channel.tokens_of_owner.resize(topology_.ranks_per_node);
     channel.slot_rows.resize(topology_.nodes());
+    channel.listed.resize(topology_.world);
     channel.summed.resize(topology_.nodes());
     for (uint32_t rank = 0; rank < topology_.world; ++rank) {
+      const uint32_t node = topology_.node_of(rank);
       Source source;
       source.rank = rank;
-      source.own_rail = topology_.node_of(rank) != node_ && topology_.index_of(rank) == index_;
-      source.block = layout_.block(index_, topology_.node_of(rank), topology_.index_of(rank));
+      source.holder = topology_.index_of(rank);
+      source.section = node == node_ ? layout_.outgoing(channel_index, Operation::kDispatch)
+                                     : layout_.slot(channel_index, Operation::kDispatch, node_, node);
       channel.sources.push_back(std::move(source));
     }
   }
@@ -87,23 +91,28 @@ void CpuDevice::require(uint32_t channel_index, Stage stage, const char* call) c
   if (proxy_ != nullptr) proxy_->throw_if_failed();
 }
 
-// Stages rows 0 to rows-1 with `stage_row` and hands each chunk over as soon as its rows are there.
+// Makes rows 0 to rows-1, chunk by chunk, with `make_rows`, which returns where the first of them is
+// (Command::local_row), and hands each chunk over at once.
 void CpuDevice::post_rows(uint32_t channel_index, Operation operation, uint32_t node, uint32_t rows,
-                          const std::function<void(uint32_t)>& stage_row) {
+                          const std::function<uint32_t(uint32_t, uint32_t)>& make_rows) {
   Channel& channel = channels_[channel_index];
   const Chunking chunking =
       Chunking::of(rows, layout_.row_bytes(operation), proxy_->chunk_bytes(), proxy_->rails());
   for (uint32_t chunk = 0; chunk < chunking.chunks; ++chunk) {
     const uint32_t first = chunking.first_row(chunk);
     const uint32_t count = chunking.rows_in(chunk);
-    for (uint32_t row = first; row < first + count; ++row) stage_row(row);
+    const uint32_t local_row = make_rows(first, count);
     const Immediate immediate{.round_tag = channel.round % Immediate::kRoundPeriod,
                               .operation = operation,
                               .channel = channel_index,
                               .source_node = node_,
                               .first = chunk == 0,
                               .value = chunk == 0 ? rows : chunk};
-    const Command command{immediate.encode(), node, first, count};
+    const Command command{.immediate = immediate.encode(),
+                          .destination_node = static_cast<uint16_t>(node),
+                          .local_row = local_row,
+                          .first_row = static_cast<uint16_t>(first),
+                          .rows = static_cast<uint16_t>(count)};
     if (!proxy_->try_submit(command)) {
       const Half half = operation == Operation::kDispatch ? Half::kDispatchSend : Half::kCombineSend;
       wait(
@@ -115,22 +124,19 @@ void CpuDevice::post_rows(uint32_t channel_index, Operation operation, uint32_t 
   counters_.network_rows += rows;
 }
 
-// Staging may be overwritten once the last round's writes from it are complete. They practically always are.
-void CpuDevice::wait_for_staging(uint32_t channel_index, Operation operation, Half half) {
-  const Channel& channel = channels_[channel_index];
-  const auto completed = word(own_arena(), layout_.completion(channel_index, operation));
-  wait(
-      half, channel.round,
-      [&] {
-        return completed.load(std::memory_order_acquire) == channel.submitted[static_cast<size_t>(operation)];
-      },
-      [&] {
-        std::vector<uint32_t> ranks;
-        for (const uint32_t node : proxy_->unfinished_destinations()) {
-          ranks.push_back(topology_.rail_peer(options_.rank, node));
-        }
-        return ranks;
-      });
+// Whether all writes of an operation are complete, so that the rows they came from may be overwritten.
+bool CpuDevice::sent(uint32_t channel_index, Operation operation) const {
+  if (topology_.nodes() == 1) return true;
+  return word(own_arena(), layout_.completion(channel_index, operation)).load(std::memory_order_acquire) ==
+         channels_[channel_index].submitted[static_cast<size_t>(operation)];
+}
+
+std::vector<uint32_t> CpuDevice::unfinished_peers() const {
+  std::vector<uint32_t> ranks;
+  for (const uint32_t node : proxy_->unfinished_destinations()) {
+    ranks.push_back(topology_.rail_peer(options_.rank, node));
+  }
+  return ranks;
 }
 
 // Every wait of the device: does the proxy's work meanwhile, and ends with an error at the deadline.

@@ -37,7 +37,10 @@ struct CpuDeviceOptions {
 
 /// Tokens to send. All tables are contiguous, row by row.
 struct DispatchInput {
-  const std::byte* x = nullptr;       ///< [tokens] rows of payload_bytes
+  /// [tokens] rows of payload_bytes, `x_stride` bytes apart. Rows in activations() are read there by the own
+  /// node, and by the network wherever a whole chunk of them lies side by side.
+  const std::byte* x = nullptr;
+  size_t x_stride = 0;
   const std::byte* scales = nullptr;  ///< [tokens] rows of scale_bytes, unused if that is 0
   const void* ids = nullptr;          ///< [tokens, top_k] int32 or int64; -1 drops the slot
   bool ids_are_64_bit = false;
@@ -58,7 +61,8 @@ struct DispatchOutput {
 /// Expert results, in the order of the DispatchOutput.
 struct CombineInput {
   /// per_token: [M] rows, one per received row, or with `per_slot` [M, top_k] rows of which only the slots of
-  /// own experts are read. per_expert: [local experts, capacity] rows.
+  /// own experts are read. per_expert: [local experts, capacity] rows. [M] rows that lie in results() already
+  /// are sent from there, without a copy.
   const std::byte* rows = nullptr;
   bool per_slot = false;
   bool weights_applied = true;  ///< false: multiply each slot's row with its router weight here
@@ -69,7 +73,7 @@ struct DeviceCounters {
   uint64_t rounds = 0;
   uint64_t tokens = 0;         ///< tokens dispatched by this rank
   uint64_t network_rows = 0;   ///< rows put on the network by this rank, both operations
-  uint64_t peer_rows = 0;      ///< rows written into local ranks' memory, both operations
+  uint64_t peer_rows = 0;      ///< rows offered to ranks of the own node, both operations
   uint64_t received_rows = 0;  ///< rows received for own experts
   std::array<uint64_t, 4>
       half_ns{};  ///< time inside dispatch_send, dispatch_recv, combine_send, combine_recv
@@ -86,18 +90,33 @@ class CpuDevice {
   /// world has one node. Both outlive the device.
   CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> arenas, Proxy* proxy);
 
-  /// Starts a round on `channel`. Reads the input completely before it returns. Throws ConfigurationError,
-  /// with nothing sent, for too many tokens or an id out of range.
+  /// Where the caller may produce the activations of its next round, Layout::dispatch_row() bytes apart, from
+  /// the end of combine_recv() to the start of dispatch_send().
+  std::byte* activations(uint32_t channel) const { return own_arena() + layout_.activations(channel); }
+
+  /// Starts a round on `channel`. Reads the input completely before it returns, unless it lies in
+  /// activations(). Throws ConfigurationError, with nothing sent, for too many tokens or an id out of range.
   void dispatch_send(uint32_t channel, const DispatchInput& input);
 
-  /// Waits until all rows of the round for this rank's experts are here. Returns their number.
+  /// Whether all rows of the round for this rank's experts are here. Does what it can of this rank's share,
+  /// and waits for nobody; the caller drives the proxy.
+  bool dispatch_ready(uint32_t channel);
+
+  /// Waits until dispatch_ready(). Returns the number of rows.
   uint32_t dispatch_wait(uint32_t channel);
 
   /// Writes the rows in (source rank, token) order. After dispatch_wait().
   void dispatch_pack(uint32_t channel, const DispatchOutput& output);
 
-  /// Sends results back. Reads the input completely before it returns.
+  /// Where combine_send() puts, or finds, the [M] rows to send: room for capacity() rows. Valid for the
+  /// caller to write from the end of dispatch_wait() to the start of combine_send().
+  std::byte* results(uint32_t channel) const { return own_arena() + layout_.results(channel); }
+
+  /// Sends results back. Reads the input completely before it returns, unless it lies in results().
   void combine_send(uint32_t channel, const CombineInput& input);
+
+  /// Whether all results are here; like dispatch_ready().
+  bool combine_ready(uint32_t channel);
 
   /// Waits for all results and writes out[tokens] rows of combine_bytes; a token without experts gets zeros.
   void combine_recv(uint32_t channel, std::byte* out);
@@ -114,10 +133,10 @@ class CpuDevice {
   /// A rank whose rows this rank's experts receive, in source rank order.
   struct Source {
     uint32_t rank = 0;
-    bool own_rail = false;            // its rows lie in a slot, among rows for other owners
-    size_t block = 0;                 // else: its region
-    uint32_t rows = 0;                // rows for this rank's experts
-    std::vector<uint32_t> slot_rows;  // own_rail: which of the slot's rows these are
+    uint32_t holder = 0;         // index of the local rank in whose arena the rows lie
+    size_t section = 0;          // where the numbering of its rows starts there
+    std::vector<uint32_t> rows;  // numbers of the rows for this rank's experts
+    uint32_t first_row = 0;      // the first of them in this rank's output
     bool ready = false;
   };
   struct Channel {
@@ -127,9 +146,12 @@ class CpuDevice {
     std::vector<int32_t> ids;                           // [tokens][top_k]
     std::vector<std::vector<uint32_t>> tokens_of_node;  // tokens sent to each node, ascending
     std::vector<std::vector<uint32_t>>
-        tokens_of_owner;  // tokens sent to each rank of the own node, ascending
+        tokens_of_owner;                // tokens sent to each rank of the own node, ascending
+    std::vector<uint32_t> staged_rows;  // [tokens] number of a row that holds the token, or kNotStaged
     std::vector<Source> sources;
+    uint32_t received = 0;            // rows received from all sources
     std::vector<uint32_t> slot_rows;  // rows in each remote node's dispatch slot
+    std::vector<uint32_t> listed;     // [nodes][ranks_per_node] rows offered to each local rank of those
     std::vector<bool> summed;         // remote nodes to which this round's node sums have been sent
     std::vector<uint32_t> positions;  // per_expert: [row][top_k] position among the rows of the slot's expert
     std::array<uint64_t, kOperations> submitted{};  // writes handed to the proxy so far
@@ -142,33 +164,41 @@ class CpuDevice {
   // dispatch.cpp
   template <class Id>
   void route(Channel& channel, const DispatchInput& input) const;
-  void write_row(std::byte* to, const Channel& channel, const DispatchInput& input, uint32_t token) const;
+  void stage_row(uint32_t channel_index, uint32_t row, const DispatchInput& input, uint32_t token);
+  void stage_in_place(uint32_t channel_index, const DispatchInput& input, uint32_t token);
+  std::byte* describe_row(uint32_t channel_index, uint32_t row, const DispatchInput& input,
+                          uint32_t token) const;
   void stage_and_post(uint32_t channel_index, uint32_t node, const DispatchInput& input);
-  void write_own_node(uint32_t channel_index, const DispatchInput& input);
+  void offer_to_own_node(uint32_t channel_index, const DispatchInput& input);
+  void publish_list(uint32_t channel_index, uint32_t source_node, uint32_t owner, uint32_t rows);
   bool receive_sources(uint32_t channel_index);
-  void forward(uint32_t channel_index, Source& source);
-  const std::byte* row_of(uint32_t channel_index, const Source& source, uint32_t row) const;
+  void take_list(uint32_t channel_index, Source& source, uint32_t rows) const;
+  void forward(uint32_t channel_index, Source& source, uint32_t rows);
+  const std::byte* row_of(const Source& source, uint32_t row) const {
+    return arenas_[source.holder] + source.section + source.rows[row] * layout_.dispatch_row();
+  }
   void copy_activation(const std::byte* row, const DispatchOutput& output, size_t place) const;
   void pack_per_token(uint32_t channel_index, const DispatchOutput& output) const;
   void pack_per_expert(uint32_t channel_index, const DispatchOutput& output);
 
   // combine.cpp
-  void stage_partials(uint32_t channel_index, const Source& source, const CombineInput& input,
-                      uint32_t first_row);
-  void write_partials(uint32_t channel_index, const Source& source, const CombineInput& input,
-                      uint32_t first_row);
-  void reduce_row(std::byte* to, uint32_t channel_index, const CombineInput& input,
-                  const std::byte* dispatched, uint32_t row) const;
+  void reduce_row(uint32_t channel_index, const CombineInput& input, const Source& source,
+                  uint32_t row) const;
+  void offer_results(uint32_t channel_index, const CombineInput& input, const Source& source);
   bool sum_rail(uint32_t channel_index);
-  bool partials_ready(uint32_t channel_index, uint32_t source_node, uint32_t owner) const;
+  bool sums_arrived(uint32_t channel_index, uint32_t node) const;
+  bool results_offered(uint32_t channel_index, uint32_t source_node, uint32_t owner) const;
+  const std::byte* results_of(uint32_t channel_index, uint32_t source_node, uint32_t owner,
+                              size_t rows) const;
   void sum_node(uint32_t channel_index, uint32_t node);
   void gather(uint32_t channel_index, std::byte* out) const;
 
   // device.cpp
   void require(uint32_t channel_index, Stage stage, const char* call) const;
   void post_rows(uint32_t channel_index, Operation operation, uint32_t node, uint32_t rows,
-                 const std::function<void(uint32_t)>& stage_row);
-  void wait_for_staging(uint32_t channel_index, Operation operation, Half half);
+                 const std::function<uint32_t(uint32_t first, uint32_t count)>& make_rows);
+  bool sent(uint32_t channel_index, Operation operation) const;
+  std::vector<uint32_t> unfinished_peers() const;
   void wait(Half half, uint32_t round, const std::function<bool()>& ready,
             const std::function<std::vector<uint32_t>()>& missing);
   OwnerList owners_of(const int32_t* ids) const;

@@ -1,6 +1,7 @@
 // dispatch_send and dispatch_recv (as wait + pack).
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <set>
 #include <string>
 
@@ -21,6 +22,8 @@ int32_t checked_id(Id id, uint32_t token, uint32_t slot, uint32_t experts) {
   }
   return static_cast<int32_t>(id);
 }
+
+constexpr uint32_t kNotStaged = std::numeric_limits<uint32_t>::max();
 
 }  // namespace
 
@@ -46,9 +49,9 @@ void CpuDevice::dispatch_send(uint32_t channel_index, const DispatchInput& input
   // The network first: its transfers run while the own node is served. Each rank starts behind itself, so
   // that not all of them write to the same node at once.
   const uint32_t nodes = topology_.nodes();
-  if (nodes > 1) wait_for_staging(channel_index, Operation::kDispatch, Half::kDispatchSend);
+  channel.staged_rows.assign(input.tokens, kNotStaged);
   for (uint32_t step = 1; step < nodes; ++step) stage_and_post(channel_index, (node_ + step) % nodes, input);
-  write_own_node(channel_index, input);
+  offer_to_own_node(channel_index, input);
   if (proxy_ != nullptr) proxy_->help();
 }
 
@@ -78,80 +81,136 @@ void CpuDevice::route(Channel& channel, const DispatchInput& input) const {
   }
 }
 
-void CpuDevice::write_row(std::byte* to, const Channel& channel, const DispatchInput& input,
-                          uint32_t token) const {
-  const RowShape& row = layout_.row;
+// Makes a row of the staging section; they are numbered from its start.
+void CpuDevice::stage_row(uint32_t channel_index, uint32_t row, const DispatchInput& input, uint32_t token) {
+  std::byte* to = describe_row(channel_index, row, input, token);
+  std::memcpy(to + layout_.row.payload_offset(), input.x + token * input.x_stride, layout_.row.payload_bytes);
+  uint32_t& staged = channels_[channel_index].staged_rows[token];
+  if (staged == kNotStaged) staged = row;
+}
+
+// Makes a row of a token that was produced in activations(). Its payload is there already.
+void CpuDevice::stage_in_place(uint32_t channel_index, const DispatchInput& input, uint32_t token) {
+  const uint32_t row = layout_.own_node_row() + token;
+  uint32_t& staged = channels_[channel_index].staged_rows[token];
+  if (staged != row) describe_row(channel_index, row, input, token);
+  staged = row;
+}
+
+// Everything of a row but its payload.
+std::byte* CpuDevice::describe_row(uint32_t channel_index, uint32_t row, const DispatchInput& input,
+                                   uint32_t token) const {
+  const RowShape& shape = layout_.row;
+  std::byte* to =
+      own_arena() + layout_.outgoing(channel_index, Operation::kDispatch) + row * layout_.dispatch_row();
   std::memcpy(to + RowShape::token_offset(), &token, sizeof token);
-  std::memcpy(to + RowShape::ids_offset(), channel.ids.data() + size_t{token} * row.top_k,
-              size_t{4} * row.top_k);
-  std::memcpy(to + row.weights_offset(), input.weights + size_t{token} * row.top_k, size_t{4} * row.top_k);
-  std::memcpy(to + row.payload_offset(), input.x + size_t{token} * row.payload_bytes, row.payload_bytes);
-  if (row.scale_bytes > 0) {
-    std::memcpy(to + row.scales_offset(), input.scales + size_t{token} * row.scale_bytes, row.scale_bytes);
+  std::memcpy(to + RowShape::ids_offset(), channels_[channel_index].ids.data() + size_t{token} * shape.top_k,
+              size_t{4} * shape.top_k);
+  std::memcpy(to + shape.weights_offset(), input.weights + size_t{token} * shape.top_k,
+              size_t{4} * shape.top_k);
+  if (shape.scale_bytes > 0) {
+    std::memcpy(to + shape.scales_offset(), input.scales + size_t{token} * shape.scale_bytes,
+                shape.scale_bytes);
   }
+  return to;
 }
 
 void CpuDevice::stage_and_post(uint32_t channel_index, uint32_t node, const DispatchInput& input) {
-  const Channel& channel = channels_[channel_index];
-  const std::vector<uint32_t>& tokens = channel.tokens_of_node[node];
-  std::byte* staging = own_arena() + layout_.staging(channel_index, Operation::kDispatch, node_, node);
-  post_rows(
-      channel_index, Operation::kDispatch, node, static_cast<uint32_t>(tokens.size()),
-      [&](uint32_t row) { write_row(staging + row * layout_.dispatch_row(), channel, input, tokens[row]); });
+  const std::vector<uint32_t>& tokens = channels_[channel_index].tokens_of_node[node];
+  const bool in_place = input.x == activations(channel_index);
+  const auto make_rows = [&](uint32_t first, uint32_t count) {
+    const bool side_by_side = count > 0 && tokens[first + count - 1] - tokens[first] == count - 1;
+    if (in_place && side_by_side) {
+      for (uint32_t i = first; i < first + count; ++i) stage_in_place(channel_index, input, tokens[i]);
+      return layout_.own_node_row() + tokens[first];
+    }
+    const uint32_t row = layout_.staged_row(node_, node) + first;
+    for (uint32_t i = 0; i < count; ++i) stage_row(channel_index, row + i, input, tokens[first + i]);
+    return row;
+  };
+  post_rows(channel_index, Operation::kDispatch, node, static_cast<uint32_t>(tokens.size()), make_rows);
 }
 
-void CpuDevice::write_own_node(uint32_t channel_index, const DispatchInput& input) {
+// Tells every rank of the own node which of this rank's rows are for it. A token that goes to another node,
+// too, has been staged already; its owners here read that row.
+void CpuDevice::offer_to_own_node(uint32_t channel_index, const DispatchInput& input) {
   const Channel& channel = channels_[channel_index];
+  const bool in_place = input.x == activations(channel_index);
+  uint32_t next = layout_.own_node_row();
   for (uint32_t step = 1; step <= topology_.ranks_per_node; ++step) {
     const uint32_t owner = (index_ + step) % topology_.ranks_per_node;
+    auto* list = reinterpret_cast<uint32_t*>(own_arena() + layout_.row_list(channel_index, node_, owner));
     const std::vector<uint32_t>& tokens = channel.tokens_of_owner[owner];
-    const size_t block = layout_.block(owner, node_, index_);
-    std::byte* region = arenas_[owner] + layout_.region(channel_index, block);
-    for (size_t row = 0; row < tokens.size(); ++row) {
-      write_row(region + row * layout_.dispatch_row(), channel, input, tokens[row]);
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const uint32_t token = tokens[i];
+      if (channel.staged_rows[token] == kNotStaged) {
+        if (in_place) {
+          stage_in_place(channel_index, input, token);
+        } else {
+          stage_row(channel_index, next++, input, token);
+        }
+      }
+      list[i] = channel.staged_rows[token];
     }
-    const RoundWord flag{channel.round, static_cast<uint32_t>(tokens.size())};
-    word(arenas_[owner], layout_.region_flag(channel_index, block))
-        .store(flag.encode(), std::memory_order_release);
-    counters_.peer_rows += tokens.size();
+    publish_list(channel_index, node_, owner, static_cast<uint32_t>(tokens.size()));
   }
+}
+
+void CpuDevice::publish_list(uint32_t channel_index, uint32_t source_node, uint32_t owner, uint32_t rows) {
+  const RoundWord flag{channels_[channel_index].round, rows};
+  word(arenas_[owner], layout_.dispatch_flag(channel_index, layout_.block(owner, source_node, index_)))
+      .store(flag.encode(), std::memory_order_release);
+  counters_.peer_rows += rows;
+}
+
+bool CpuDevice::dispatch_ready(uint32_t channel_index) {
+  require(channel_index, Stage::kDispatchSent, "dispatch_recv");
+  // The caller may write into the results next, from which the last round's writes went if there is one rank
+  // per node; otherwise into the combine staging.
+  if (!receive_sources(channel_index) || !sent(channel_index, Operation::kCombine)) return false;
+  Channel& channel = channels_[channel_index];
+  channel.received = 0;
+  for (Source& source : channel.sources) {
+    source.first_row = channel.received;
+    channel.received += static_cast<uint32_t>(source.rows.size());
+    source.ready = false;
+  }
+  counters_.received_rows += channel.received;
+  channel.stage = Stage::kDispatchReady;
+  return true;
 }
 
 uint32_t CpuDevice::dispatch_wait(uint32_t channel_index) {
   require(channel_index, Stage::kDispatchSent, "dispatch_recv");
   const ScopedTimer timer(counters_.half_ns[static_cast<size_t>(Half::kDispatchRecv)]);
-  Channel& channel = channels_[channel_index];
-  for (Source& source : channel.sources) source.ready = false;
+  const Channel& channel = channels_[channel_index];
   wait(
-      Half::kDispatchRecv, channel.round, [&] { return receive_sources(channel_index); },
+      Half::kDispatchRecv, channel.round, [&] { return dispatch_ready(channel_index); },
       [&] {
         std::set<uint32_t> missing;
         for (const Source& source : channel.sources) {
           // Rows of other rails come through the rank of this node that shares their rail.
-          const bool forwarded = !source.own_rail;
-          if (!source.ready) {
-            missing.insert(forwarded ? topology_.rank_at(node_, topology_.index_of(source.rank))
-                                     : source.rank);
-          }
+          const bool own_rail = source.holder == index_;
+          if (!source.ready) missing.insert(own_rail ? source.rank : topology_.rank_at(node_, source.holder));
         }
+        if (missing.empty()) return unfinished_peers();
         return std::vector<uint32_t>(missing.begin(), missing.end());
       });
-  uint32_t rows = 0;
-  for (const Source& source : channel.sources) rows += source.rows;
-  counters_.received_rows += rows;
-  channel.stage = Stage::kDispatchReady;
-  return rows;
+  return channel.received;
 }
 
-// Takes in every source that has arrived since the last call, forwarding its rows. True when all have.
+// Takes in every source that has arrived since the last call, and offers its rows to the ranks of the own
+// node. True when all have.
 bool CpuDevice::receive_sources(uint32_t channel_index) {
   Channel& channel = channels_[channel_index];
   bool all = true;
   for (Source& source : channel.sources) {
     if (source.ready) continue;
+    const uint32_t source_node = topology_.node_of(source.rank);
+    const bool own_rail = source_node != node_ && source.holder == index_;
     const RoundWord arrived = read_word(
-        source.own_rail ? layout_.arrival(channel_index, Operation::kDispatch, topology_.node_of(source.rank))
-                        : layout_.region_flag(channel_index, source.block));
+        own_rail ? layout_.arrival(channel_index, Operation::kDispatch, source_node)
+                 : layout_.dispatch_flag(channel_index, layout_.block(index_, source_node, source.holder)));
     if (arrived.round != channel.round) {
       all = false;
       continue;
@@ -161,53 +220,54 @@ bool CpuDevice::receive_sources(uint32_t channel_index) {
                           std::to_string(arrived.rows) + " rows, more than max_tokens_per_rank (" +
                           std::to_string(layout_.max_tokens) + ")");
     }
-    source.rows = arrived.rows;
-    if (source.own_rail) forward(channel_index, source);
+    if (own_rail) {
+      forward(channel_index, source, arrived.rows);
+    } else {
+      take_list(channel_index, source, arrived.rows);
+    }
     source.ready = true;
   }
   return all;
 }
 
-// Copies the rows of a slot to the other local owners' regions, and notes which of them are for this rank
-// itself: those stay where they are.
-void CpuDevice::forward(uint32_t channel_index, Source& source) {
-  Channel& channel = channels_[channel_index];
+// Copies a list that another rank wrote, and checks it: row numbers become addresses.
+void CpuDevice::take_list(uint32_t channel_index, Source& source, uint32_t rows) const {
   const uint32_t source_node = topology_.node_of(source.rank);
-  const uint32_t slot_rows = source.rows;
-  channel.slot_rows[source_node] = slot_rows;
-  source.slot_rows.clear();
-  const std::byte* slot = own_arena() + layout_.slot(channel_index, Operation::kDispatch, node_, source_node);
-  std::vector<uint32_t> written(topology_.ranks_per_node, 0);
-  for (uint32_t row = 0; row < slot_rows; ++row) {
-    const std::byte* from = slot + row * layout_.dispatch_row();
-    for (const uint32_t owner : owners_of(ids_of(from))) {
-      if (owner == index_) {
-        source.slot_rows.push_back(row);
-        continue;
-      }
-      const size_t block = layout_.block(owner, source_node, index_);
-      std::byte* region = arenas_[owner] + layout_.region(channel_index, block);
-      std::memcpy(region + written[owner]++ * layout_.dispatch_row(), from, layout_.dispatch_row());
-    }
-  }
-  source.rows = static_cast<uint32_t>(source.slot_rows.size());
-  for (uint32_t owner = 0; owner < topology_.ranks_per_node; ++owner) {
-    if (owner == index_) continue;
-    const RoundWord flag{channel.round, written[owner]};
-    word(arenas_[owner], layout_.region_flag(channel_index, layout_.block(owner, source_node, index_)))
-        .store(flag.encode(), std::memory_order_release);
-    counters_.peer_rows += written[owner];
+  const auto* list = reinterpret_cast<const uint32_t*>(arenas_[source.holder] +
+                                                       layout_.row_list(channel_index, source_node, index_));
+  const uint32_t limit = (source_node == node_ ? topology_.nodes() : 1) * layout_.max_tokens;
+  source.rows.assign(list, list + rows);
+  for (const uint32_t row : source.rows) {
+    if (row < limit) continue;
+    throw ProtocolError("rank " + std::to_string(topology_.rank_at(node_, source.holder)) + " lists row " +
+                        std::to_string(row) + " of rank " + std::to_string(source.rank) + ", which has " +
+                        std::to_string(limit));
   }
 }
 
-// The row-th row that a source sent for this rank's experts.
-const std::byte* CpuDevice::row_of(uint32_t channel_index, const Source& source, uint32_t row) const {
-  if (!source.own_rail) {
-    return own_arena() + layout_.region(channel_index, source.block) + row * layout_.dispatch_row();
-  }
+// Tells the ranks of the own node which rows of a slot are for them. The rows stay where they are.
+void CpuDevice::forward(uint32_t channel_index, Source& source, uint32_t rows) {
   const uint32_t source_node = topology_.node_of(source.rank);
-  return own_arena() + layout_.slot(channel_index, Operation::kDispatch, node_, source_node) +
-         source.slot_rows[row] * layout_.dispatch_row();
+  Channel& channel = channels_[channel_index];
+  channel.slot_rows[source_node] = rows;
+  source.rows.clear();
+  const std::byte* slot = own_arena() + source.section;
+  const uint32_t ranks = topology_.ranks_per_node;
+  uint32_t* listed = channel.listed.data() + size_t{source_node} * ranks;
+  std::fill_n(listed, ranks, 0);
+  auto* lists = reinterpret_cast<uint32_t*>(own_arena() + layout_.row_list(channel_index, source_node, 0));
+  for (uint32_t row = 0; row < rows; ++row) {
+    for (const uint32_t owner : owners_of(ids_of(slot + row * layout_.dispatch_row()))) {
+      if (owner == index_) {
+        source.rows.push_back(row);
+      } else {
+        lists[size_t{owner} * layout_.max_tokens + listed[owner]++] = row;
+      }
+    }
+  }
+  for (uint32_t owner = 0; owner < ranks; ++owner) {
+    if (owner != index_) publish_list(channel_index, source_node, owner, listed[owner]);
+  }
 }
 
 void CpuDevice::dispatch_pack(uint32_t channel_index, const DispatchOutput& output) {
@@ -234,8 +294,8 @@ void CpuDevice::pack_per_token(uint32_t channel_index, const DispatchOutput& out
   const uint32_t top_k = layout_.row.top_k;
   size_t place = 0;
   for (const Source& source : channels_[channel_index].sources) {
-    for (uint32_t i = 0; i < source.rows; ++i, ++place) {
-      const std::byte* row = row_of(channel_index, source, i);
+    for (uint32_t i = 0; i < source.rows.size(); ++i, ++place) {
+      const std::byte* row = row_of(source, i);
       copy_activation(row, output, place);
       std::memcpy(output.ids + place * top_k, ids_of(row), size_t{4} * top_k);
       std::memcpy(output.weights + place * top_k, weights_of(row), size_t{4} * top_k);
@@ -253,8 +313,8 @@ void CpuDevice::pack_per_expert(uint32_t channel_index, const DispatchOutput& ou
   const uint32_t top_k = layout_.row.top_k;
   channel.positions.clear();
   for (const Source& source : channel.sources) {
-    for (uint32_t i = 0; i < source.rows; ++i) {
-      const std::byte* row = row_of(channel_index, source, i);
+    for (uint32_t i = 0; i < source.rows.size(); ++i) {
+      const std::byte* row = row_of(source, i);
       const int32_t* ids = ids_of(row);
       const size_t first = channel.positions.size();
       for (uint32_t slot = 0; slot < top_k; ++slot) {

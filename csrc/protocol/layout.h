@@ -1,17 +1,23 @@
 // Where everything lies in a rank's arena. Every rank computes the same layout, so an offset that one rank
 // knows is an offset at all of them, and no table of addresses is exchanged.
 //
+// Inside a node rows do not travel: each lies in the arena of the rank that made or received it, and the
+// ranks of the node read it there. What travels between them is flags and lists of row numbers.
+//
 // Per channel, with N nodes of L ranks and B = N (L - 1) + 1 blocks (one per rank of every other rail, and
-// one for the rank itself; what comes along the own rail lies in slots already):
+// one for the rank itself):
 //   arrivals          u64[2 operations][N]    RoundWord per source node, written by this rank's proxy
 //   completions       u64[2 operations]       completed writes so far, written by this rank's proxy
-//   region_flags      u64[B]                  RoundWord per block, written by local peers
-//   partial_flags     u64[B]                  RoundWord per block, written by local peers
-//   dispatch_staging  row[N-1][max_tokens]    rows to send, per destination node
+//   dispatch_flags    u64[B]                  RoundWord per block: rows are listed for this rank (local
+//   peers) result_flags      ResultFlag[B]           per block: results for this rail are there (local peers)
+//   row_lists         u32[N][L][max_tokens]   per source of this rail (this rank itself in the own node's
+//                                             place) and local owner: which of the source's rows are for it
+//   dispatch_staging  row[N][max_tokens]      rows to send, per destination node; the last block takes rows
+//                                             that go to the own node alone
 //   dispatch_slots    row[N-1][max_tokens]    rows received, per source node (written by the network)
-//   regions           row[B][max_tokens]      rows for this rank's experts, per source rank (local peers)
-//   partials          crow[B][max_tokens]     owners' partial sums for sources of this rail (local peers)
-//   combine_staging   crow[N-1][max_tokens]   own partials, then node sums to send back, per source node
+//   results           crow[W][max_tokens]     this rank's sums per received row, in the order of its output
+//   combine_staging   crow[N-1][max_tokens]   node sums to send back, per source node (none if L = 1: the
+//                                             results are the sums)
 //   combine_slots     crow[N-1][max_tokens]   node sums received, per node (written by the network)
 #pragma once
 
@@ -29,19 +35,19 @@ namespace efa_ep {
 enum class Section : uint32_t {
   kArrivals,
   kCompletions,
-  kRegionFlags,
-  kPartialFlags,
+  kDispatchFlags,
+  kResultFlags,
+  kRowLists,
   kDispatchStaging,
   kDispatchSlots,
-  kRegions,
-  kPartials,
+  kResults,
   kCombineStaging,
   kCombineSlots,
 };
 inline constexpr uint32_t kSections = 10;
 inline constexpr std::array<const char*, kSections> kSectionNames = {
-    "arrivals",       "completions", "region_flags", "partial_flags",   "dispatch_staging",
-    "dispatch_slots", "regions",     "partials",     "combine_staging", "combine_slots"};
+    "arrivals",         "completions",    "dispatch_flags", "result_flags",    "row_lists",
+    "dispatch_staging", "dispatch_slots", "results",        "combine_staging", "combine_slots"};
 
 struct Layout {
   Topology topology;
@@ -54,6 +60,9 @@ struct Layout {
   constexpr size_t row_bytes(Operation operation) const {
     return operation == Operation::kDispatch ? dispatch_row() : combine_row();
   }
+
+  /// Most rows a rank can receive in a round.
+  constexpr size_t result_rows() const { return size_t{topology.world} * max_tokens; }
 
   constexpr size_t blocks() const { return size_t{topology.nodes()} * (topology.ranks_per_node - 1) + 1; }
   /// Block of rank (node, index) in the arena of a rank with index own_index. Defined for other rails and for
@@ -72,20 +81,19 @@ struct Layout {
         return kOperations * nodes * kWordStride;
       case Section::kCompletions:
         return kOperations * kWordStride;
-      case Section::kRegionFlags:
+      case Section::kDispatchFlags:
+      case Section::kResultFlags:
         return blocks() * kWordStride;
-      case Section::kPartialFlags:
-        return blocks() * kWordStride;
+      case Section::kRowLists:
+        return size_t{topology.world} * max_tokens * sizeof(uint32_t);
       case Section::kDispatchStaging:
-        return remote_rows * dispatch_row();
+        return nodes * max_tokens * dispatch_row();
       case Section::kDispatchSlots:
         return remote_rows * dispatch_row();
-      case Section::kRegions:
-        return blocks() * max_tokens * dispatch_row();
-      case Section::kPartials:
-        return blocks() * max_tokens * combine_row();
+      case Section::kResults:
+        return result_rows() * combine_row();
       case Section::kCombineStaging:
-        return remote_rows * combine_row();
+        return topology.ranks_per_node > 1 ? remote_rows * combine_row() : 0;
       case Section::kCombineSlots:
         return remote_rows * combine_row();
     }
@@ -116,29 +124,46 @@ struct Layout {
   constexpr size_t completion(uint32_t channel, Operation operation) const {
     return section_offset(channel, Section::kCompletions) + static_cast<size_t>(operation) * kWordStride;
   }
-  constexpr size_t region_flag(uint32_t channel, size_t block) const {
-    return section_offset(channel, Section::kRegionFlags) + block * kWordStride;
+  constexpr size_t dispatch_flag(uint32_t channel, size_t block) const {
+    return section_offset(channel, Section::kDispatchFlags) + block * kWordStride;
   }
-  constexpr size_t partial_flag(uint32_t channel, size_t block) const {
-    return section_offset(channel, Section::kPartialFlags) + block * kWordStride;
+  /// A RoundWord, followed by the u64 index of the first of these rows among the owner's results.
+  constexpr size_t result_flag(uint32_t channel, size_t block) const {
+    return section_offset(channel, Section::kResultFlags) + block * kWordStride;
   }
-  /// Staging of rows for `other`, and the slot of rows from `other`, in the arena of a rank on node `self`.
-  constexpr size_t staging(uint32_t channel, Operation operation, uint32_t self, uint32_t other) const {
-    const bool dispatch = operation == Operation::kDispatch;
-    return section_offset(channel, dispatch ? Section::kDispatchStaging : Section::kCombineStaging) +
-           size_t{Topology::slot_of(self, other)} * max_tokens * row_bytes(operation);
+  /// In the arena of the rank that receives from `source_node` (or is the source itself): rows for `owner`,
+  /// an index inside the node.
+  constexpr size_t row_list(uint32_t channel, uint32_t source_node, uint32_t owner) const {
+    return section_offset(channel, Section::kRowLists) +
+           (size_t{source_node} * topology.ranks_per_node + owner) * max_tokens * sizeof(uint32_t);
   }
+
+  /// Row numbers of an operation's outgoing rows start here.
+  constexpr size_t outgoing(uint32_t channel, Operation operation) const {
+    if (operation == Operation::kDispatch) return section_offset(channel, Section::kDispatchStaging);
+    return section_offset(channel,
+                          topology.ranks_per_node > 1 ? Section::kCombineStaging : Section::kResults);
+  }
+  /// Number of the first row of a rank on node `self` that waits in a staging section to be sent to `other`.
+  constexpr uint32_t staged_row(uint32_t self, uint32_t other) const {
+    return Topology::slot_of(self, other) * max_tokens;
+  }
+  /// Number of the first staged row that goes to the own node alone.
+  constexpr uint32_t own_node_row() const { return (topology.nodes() - 1) * max_tokens; }
+
+  /// Where the payload of the first of those rows lies. Activations that are produced there, row by row
+  /// dispatch_row() bytes apart, need no copy for the own node.
+  constexpr size_t activations(uint32_t channel) const {
+    return outgoing(channel, Operation::kDispatch) + own_node_row() * dispatch_row() + row.payload_offset();
+  }
+
+  /// The slot of rows from `other` in the arena of a rank on node `self`.
   constexpr size_t slot(uint32_t channel, Operation operation, uint32_t self, uint32_t other) const {
     const bool dispatch = operation == Operation::kDispatch;
     return section_offset(channel, dispatch ? Section::kDispatchSlots : Section::kCombineSlots) +
            size_t{Topology::slot_of(self, other)} * max_tokens * row_bytes(operation);
   }
-  constexpr size_t region(uint32_t channel, size_t block) const {
-    return section_offset(channel, Section::kRegions) + block * max_tokens * dispatch_row();
-  }
-  constexpr size_t partial(uint32_t channel, size_t block) const {
-    return section_offset(channel, Section::kPartials) + block * max_tokens * combine_row();
-  }
+  constexpr size_t results(uint32_t channel) const { return section_offset(channel, Section::kResults); }
 };
 
 }  // namespace efa_ep

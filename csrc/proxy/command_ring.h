@@ -8,13 +8,14 @@
 
 namespace efa_ep {
 
-/// "Send these rows of the staging of the immediate's channel and operation to the rail peer on that node."
-/// 16 bytes, so that a device submits one with a single store.
+/// "Send these outgoing rows of the immediate's channel and operation to the rail peer on that node." Packs
+/// into 16 bytes, so that a device submits one with a single store.
 struct Command {
-  uint32_t immediate = 0;  ///< Immediate::encode()
-  uint32_t destination_node = 0;
-  uint32_t first_row = 0;
-  uint32_t rows = 0;
+  uint32_t immediate = 0;         ///< Immediate::encode()
+  uint16_t destination_node = 0;  ///< < kMaxNodes
+  uint32_t local_row = 0;         ///< first row to send, counted from Layout::outgoing()
+  uint16_t first_row = 0;         ///< where in the destination's slot it goes
+  uint16_t rows = 0;              ///< <= kMaxTokensPerRank
 };
 
 /// Many producers, one consumer, no locks. A slot's second word carries the lap's parity, and is written
@@ -34,9 +35,11 @@ class CommandRing {
       if (used >= int64_t{capacity_}) return false;
     } while (!head_.compare_exchange_weak(position, position + 1, std::memory_order_relaxed));
     Slot& slot = slots_[position & (capacity_ - 1)];
-    slot.rows.store(uint64_t{command.first_row} << 32 | command.rows, std::memory_order_relaxed);
-    slot.header.store(uint64_t{command.immediate} << 32 | command.destination_node << 1 | parity(position),
-                      std::memory_order_release);
+    slot.rows.store(uint64_t{command.local_row} << 32 | uint32_t{command.first_row} << 16 | command.rows,
+                    std::memory_order_relaxed);
+    slot.header.store(
+        uint64_t{command.immediate} << 32 | uint32_t{command.destination_node} << 1 | parity(position),
+        std::memory_order_release);
     return true;
   }
 
@@ -47,8 +50,11 @@ class CommandRing {
     const uint64_t header = slot.header.load(std::memory_order_acquire);
     if ((header & 1) != parity(position)) return false;
     const uint64_t rows = slot.rows.load(std::memory_order_relaxed);
-    command = {static_cast<uint32_t>(header >> 32), static_cast<uint32_t>(header) >> 1,
-               static_cast<uint32_t>(rows >> 32), static_cast<uint32_t>(rows)};
+    command = {.immediate = static_cast<uint32_t>(header >> 32),
+               .destination_node = static_cast<uint16_t>(static_cast<uint32_t>(header) >> 1),
+               .local_row = static_cast<uint32_t>(rows >> 32),
+               .first_row = static_cast<uint16_t>(rows >> 16),
+               .rows = static_cast<uint16_t>(rows)};
     tail_.store(position + 1, std::memory_order_release);
     return true;
   }

@@ -238,8 +238,7 @@ WriteRequest Proxy::request_of(uint32_t node, const Command& command) const {
   WriteRequest request;
   request.peer = layout.topology.rail_peer(options_.rank, node);
   request.rail = rail_of(node_, node, immediate.chunk(), rails_);
-  request.local_offset =
-      layout.staging(immediate.channel, immediate.operation, node_, node) + command.first_row * row;
+  request.local_offset = layout.outgoing(immediate.channel, immediate.operation) + command.local_row * row;
   request.remote_offset =
       layout.slot(immediate.channel, immediate.operation, node, node_) + command.first_row * row;
   request.bytes = static_cast<uint32_t>(command.rows * row);

@@ -17,18 +17,16 @@ namespace {
 
 bool operator==(const Command& a, const Command& b) {
   return a.immediate == b.immediate && a.destination_node == b.destination_node &&
-         a.first_row == b.first_row && a.rows == b.rows;
+         a.local_row == b.local_row && a.first_row == b.first_row && a.rows == b.rows;
 }
 
 TEST(CommandRing, CarriesEveryBitOfACommand) {
   CommandRing ring(2);
-  const std::vector<Command> commands = {{0, 0, 0, 0},
-                                         {0xFFFFFFFF, 127, 0xFFFFFFFF, 0xFFFFFFFF},
-                                         {0xFFFFFFFF, 0, 0, 0},
-                                         {0, 127, 0, 0},
-                                         {0, 0, 0xFFFFFFFF, 0},
-                                         {0, 0, 0, 0xFFFFFFFF},
-                                         {0x80000001, 64, 0x7FFFFFFF, 0x80000000}};
+  const std::vector<Command> commands = {
+      {0, 0, 0, 0, 0},          {0xFFFFFFFF, 127, 0xFFFFFFFF, 0xFFFF, 0xFFFF},
+      {0xFFFFFFFF, 0, 0, 0, 0}, {0, 127, 0, 0, 0},
+      {0, 0, 0xFFFFFFFF, 0, 0}, {0, 0, 0, 0xFFFF, 0},
+      {0, 0, 0, 0, 0xFFFF},     {0x80000001, 64, 0x80000001, 0x8001, 0x4002}};
   for (const Command& command : commands) {
     ASSERT_TRUE(ring.try_push(command));
     Command popped;
@@ -43,6 +41,15 @@ TEST(CommandRing, RoundsTheCapacityUpToAPowerOfTwo) {
   EXPECT_EQ(CommandRing(4096).capacity(), 4096u);
 }
 
+// A command in which every bit of every field matters.
+Command command_of(uint32_t immediate, uint32_t node, uint32_t value) {
+  return {.immediate = immediate,
+          .destination_node = static_cast<uint16_t>(node),
+          .local_row = ~value,
+          .first_row = static_cast<uint16_t>(value * 7),
+          .rows = static_cast<uint16_t>(~value * 5)};
+}
+
 // Against a queue, over many laps: full exactly at its capacity, empty exactly at zero.
 TEST(CommandRing, IsAQueueOverManyLaps) {
   const uint64_t seed = test_seed(11);
@@ -54,7 +61,7 @@ TEST(CommandRing, IsAQueueOverManyLaps) {
     for (uint32_t i = 0; i < 50'000; ++i) {
       const auto bits = static_cast<uint32_t>(random());
       if (bits % 2 == 0) {
-        const Command command{bits, bits % 128, i, ~i};
+        const Command command = command_of(bits, bits % 128, i);
         ASSERT_EQ(ring.try_push(command), queue.size() < capacity);
         if (queue.size() < capacity) queue.push_back(command);
       } else {
@@ -78,7 +85,7 @@ void run_producers(uint32_t capacity, uint32_t producers, uint32_t commands) {
     threads.emplace_back([&, producer] {
       for (uint32_t i = 0; i < commands; ++i) {
         staging[producer][i] = ~i;
-        while (!ring.try_push({i, producer, i * 3, i * 7})) sched_yield();
+        while (!ring.try_push(command_of(i, producer, i * 3))) sched_yield();
       }
     });
   }
@@ -92,7 +99,7 @@ void run_producers(uint32_t capacity, uint32_t producers, uint32_t commands) {
     ++received;
     const uint32_t producer = command.destination_node;
     const uint32_t i = next.at(producer)++;
-    EXPECT_TRUE((command == Command{i, producer, i * 3, i * 7})) << "producer " << producer << ", " << i;
+    EXPECT_TRUE(command == command_of(i, producer, i * 3)) << "producer " << producer << ", " << i;
     EXPECT_EQ(staging[producer][i], ~i);
   }
   for (std::thread& thread : threads) thread.join();

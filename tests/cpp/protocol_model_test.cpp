@@ -147,10 +147,10 @@ constexpr Verdict kRedundant = Verdict::kRedundant;
 constexpr Verdict kBroken = Verdict::kBroken;
 constexpr Expectation kExpectations[] = {
     {Signal::kDispatchArrival, kAbsent, kBroken, kAbsent, kBroken},
-    {Signal::kForwardedRegionFlag, kAbsent, kAbsent, kAbsent, kBroken},
-    {Signal::kLocalRegionFlag, kAbsent, kAbsent, kBroken, kRedundant},
-    {Signal::kRemotePartialFlag, kAbsent, kAbsent, kAbsent, kBroken},
-    {Signal::kOwnNodePartialFlag, kAbsent, kAbsent, kBroken, kBroken},
+    {Signal::kForwardedFlag, kAbsent, kAbsent, kAbsent, kBroken},
+    {Signal::kLocalFlag, kAbsent, kAbsent, kBroken, kRedundant},
+    {Signal::kRemoteResultFlag, kAbsent, kAbsent, kAbsent, kBroken},
+    {Signal::kOwnNodeResultFlag, kAbsent, kAbsent, kBroken, kBroken},
     {Signal::kCombineArrival, kAbsent, kBroken, kAbsent, kBroken},
     {Signal::kDispatchCompletion, kAbsent, kBroken, kAbsent, kBroken},
     {Signal::kCombineCompletion, kAbsent, kBroken, kAbsent, kBroken},

@@ -260,8 +260,11 @@ std::vector<Placed> everything(const Layout& layout, uint32_t channel, uint32_t 
     for (uint32_t node = 0; node < topology.nodes(); ++node) {
       all.push_back({layout.arrival(channel, operation, node), kWordStride, Section::kArrivals});
       if (node == self) continue;
-      all.push_back({layout.staging(channel, operation, self, node), slot,
-                     dispatch ? Section::kDispatchStaging : Section::kCombineStaging});
+      if (dispatch || topology.ranks_per_node > 1) {
+        all.push_back({layout.outgoing(channel, operation) +
+                           layout.staged_row(self, node) * layout.row_bytes(operation),
+                       slot, dispatch ? Section::kDispatchStaging : Section::kCombineStaging});
+      }
       all.push_back({layout.slot(channel, operation, self, node), slot,
                      dispatch ? Section::kDispatchSlots : Section::kCombineSlots});
     }
@@ -269,11 +272,18 @@ std::vector<Placed> everything(const Layout& layout, uint32_t channel, uint32_t 
   for (uint32_t other = 0; other < topology.world; ++other) {
     if (topology.index_of(other) == index && other != rank) continue;  // its rows lie in a slot
     const size_t block = layout.block(index, topology.node_of(other), topology.index_of(other));
-    all.push_back({layout.region_flag(channel, block), kWordStride, Section::kRegionFlags});
-    all.push_back({layout.partial_flag(channel, block), kWordStride, Section::kPartialFlags});
-    all.push_back({layout.region(channel, block), dispatch_slot, Section::kRegions});
-    all.push_back({layout.partial(channel, block), combine_slot, Section::kPartials});
+    all.push_back({layout.dispatch_flag(channel, block), kWordStride, Section::kDispatchFlags});
+    all.push_back({layout.result_flag(channel, block), kWordStride, Section::kResultFlags});
   }
+  for (uint32_t node = 0; node < topology.nodes(); ++node) {
+    for (uint32_t owner = 0; owner < topology.ranks_per_node; ++owner) {
+      all.push_back(
+          {layout.row_list(channel, node, owner), 4 * size_t{layout.max_tokens}, Section::kRowLists});
+    }
+  }
+  all.push_back(
+      {layout.activations(channel) - layout.row.payload_offset(), dispatch_slot, Section::kDispatchStaging});
+  all.push_back({layout.results(channel), topology.world * combine_slot, Section::kResults});
   return all;
 }
 
@@ -297,7 +307,8 @@ TEST(Layout, FillsEverySectionExactlyAndWithoutOverlap) {
               const size_t start = layout.section_offset(channel, placed.section);
               ASSERT_GE(placed.first, start);
               ASSERT_LE(placed.first + placed.bytes, start + layout.section_bytes(placed.section));
-              ASSERT_EQ(placed.first % kRowAlignment, 0u);
+
+              ASSERT_EQ(placed.first % (placed.section == Section::kRowLists ? 4 : kRowAlignment), 0u);
               used[channel * kSections + static_cast<uint32_t>(placed.section)] += placed.bytes;
               ranges.emplace_back(placed.first, placed.first + placed.bytes);
             }
@@ -353,8 +364,8 @@ TEST(Layout, StaysBelowFourTenthsOfAGibibyteForSixtyFourRanks) {
   static_assert(kLayout.total_bytes() * 10 <= 4 * (size_t{1} << 30));
   constexpr size_t kDispatchRow = 80 + 7168 + 224;  // 4 + 8 * 8 bytes of routing, padded to 80
   constexpr size_t kCombineRow = 14336;
-  constexpr size_t kBlocks = 8 * 7 + 1;
-  constexpr size_t kPayload = 128 * (2 * 7 + kBlocks) * (kDispatchRow + kCombineRow);
+  // Dispatch: staging for 8 nodes and slots of 7. Combine: results of 64 ranks, staging and slots of 7 nodes.
+  constexpr size_t kPayload = 128 * ((8 + 7) * kDispatchRow + (64 + 7 + 7) * kCombineRow);
   EXPECT_GE(kLayout.total_bytes(), kPayload);
   EXPECT_LE(kLayout.total_bytes(), kPayload + 128 * 1024);  // words and padding
 }

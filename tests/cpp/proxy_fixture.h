@@ -89,19 +89,26 @@ class ProxyTest : public testing::Test {
     for (std::byte& byte : bytes) byte = std::byte(random());
     return bytes;
   }
+  /// Where a shipment waits in the source's arena, in bytes.
+  size_t staging(uint32_t source, uint32_t target, const Shipment& shipment) const {
+    return layout_.outgoing(shipment.channel, shipment.operation) +
+           layout_.staged_row(source, target) * layout_.row_bytes(shipment.operation);
+  }
   /// Puts the shipment's bytes into the source's staging.
   void stage(uint32_t source, uint32_t target, const Shipment& shipment) {
     const Bytes bytes = content(source, target, shipment);
-    std::copy(bytes.begin(), bytes.end(),
-              arenas_[source].data() + layout_.staging(shipment.channel, shipment.operation, source, target));
+    std::copy(bytes.begin(), bytes.end(), arenas_[source].data() + staging(source, target, shipment));
   }
   /// Hands the shipment of rank 0 to its proxy.
   void submit(uint32_t target, const Shipment& shipment) {
     stage(0, target, shipment);
     const Chunking cut = chunking(shipment);
     for (uint32_t chunk = 0; chunk < cut.chunks; ++chunk) {
-      const Command command{immediate(0, shipment, chunk).encode(), target, cut.first_row(chunk),
-                            cut.rows_in(chunk)};
+      const Command command{.immediate = immediate(0, shipment, chunk).encode(),
+                            .destination_node = static_cast<uint16_t>(target),
+                            .local_row = layout_.staged_row(0, target) + cut.first_row(chunk),
+                            .first_row = static_cast<uint16_t>(cut.first_row(chunk)),
+                            .rows = static_cast<uint16_t>(cut.rows_in(chunk))};
       while (!proxy_->try_submit(command)) proxy_->help();
     }
   }
@@ -112,7 +119,7 @@ class ProxyTest : public testing::Test {
     const uint64_t start = cut.first_row(chunk) * row;
     write({.peer = 0,
            .rail = chunk % network_options_.rails,
-           .local_offset = layout_.staging(shipment.channel, shipment.operation, source, 0) + start,
+           .local_offset = staging(source, 0, shipment) + start,
            .remote_offset = layout_.slot(shipment.channel, shipment.operation, 0, source) + start,
            .bytes = static_cast<uint32_t>(cut.rows_in(chunk) * row),
            .immediate = immediate(source, shipment, chunk).encode()},

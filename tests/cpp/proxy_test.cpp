@@ -73,8 +73,8 @@ TEST_F(ProxyTest, TheCompletionWordCountsPerChannelAndOperation) {
     submitted[pair] += chunking(shipment).chunks;
     wait_until(
         [&] { return word(layout_.completion(shipment.channel, shipment.operation)) == submitted[pair]; });
-    std::byte* staging = arenas_[0].data() + layout_.staging(shipment.channel, shipment.operation, 0, 1);
-    std::fill_n(staging, shipment.rows * layout_.row_bytes(shipment.operation), std::byte{0xEE});
+    std::fill_n(arenas_[0].data() + staging(0, 1, shipment),
+                shipment.rows * layout_.row_bytes(shipment.operation), std::byte{0xEE});
     EXPECT_TRUE(has_arrived(0, 1, shipment));
   }
   for (uint32_t pair = 0; pair < 4; ++pair) {
@@ -216,7 +216,7 @@ TEST_F(ProxyTest, TheProxysOwnThreadReportsErrorsToo) {
 TEST_F(ProxyTest, TheRingRefusesWhatItCannotHold) {
   proxy_options_.ring_commands = 4;
   start(2);
-  const Command command{immediate(0, {}, 0).encode(), 1, 0, 0};
+  const Command command{.immediate = immediate(0, {}, 0).encode(), .destination_node = 1};
   for (uint32_t i = 0; i < 4; ++i) EXPECT_TRUE(proxy_->try_submit(command));
   EXPECT_FALSE(proxy_->try_submit(command));
   EXPECT_TRUE(proxy_->help());
@@ -253,7 +253,9 @@ TEST_F(ProxyTest, ManyThreadsSubmitAndHelp) {
       threads.emplace_back([&, thread] {
         for (uint32_t i = 0; i < kCommands; ++i) {
           const Immediate bits{.channel = thread % 2, .value = thread * kCommands + i};
-          while (!proxy_->try_submit({bits.encode(), 1 + i % 2, 0, 0})) proxy_->help();
+          const Command command{.immediate = bits.encode(),
+                                .destination_node = static_cast<uint16_t>(1 + i % 2)};
+          while (!proxy_->try_submit(command)) proxy_->help();
           if (i % 7 == 0) proxy_->help();
         }
         proxy_->drain(kForever);

@@ -67,21 +67,31 @@ class World {
   std::byte* arena(uint32_t rank) { return arenas_.at(rank).data(); }
 
   // The four halves of one rank, with checked results. Inputs lie in memory that is overwritten and freed as
-  // soon as a half has returned; outputs lie in memory of exactly their size.
+  // soon as a half has returned, or where the device wants them; outputs lie in memory of exactly their size.
 
   void dispatch_send(uint32_t rank, uint32_t channel, const RankRound& round) {
+    const size_t row = config_.layout.row.payload_bytes;
     Bytes x = round.x;
     Bytes scales = round.scales;
     std::vector<int64_t> wide_ids = round.ids;
     std::vector<int32_t> narrow_ids(round.ids.begin(), round.ids.end());
     std::vector<float> weights = round.weights;
-    device(rank).dispatch_send(
-        channel, {.x = x.data(),
-                  .scales = scales.data(),
-                  .ids = config_.ids_are_64_bit ? static_cast<void*>(wide_ids.data()) : narrow_ids.data(),
-                  .ids_are_64_bit = config_.ids_are_64_bit,
-                  .weights = weights.data(),
-                  .tokens = round.tokens});
+    DispatchInput input{
+        .x = x.data(),
+        .x_stride = row,
+        .scales = scales.data(),
+        .ids = config_.ids_are_64_bit ? static_cast<void*>(wide_ids.data()) : narrow_ids.data(),
+        .ids_are_64_bit = config_.ids_are_64_bit,
+        .weights = weights.data(),
+        .tokens = round.tokens};
+    if (config_.in_place) {
+      input.x = device(rank).activations(channel);
+      input.x_stride = config_.layout.dispatch_row();
+      for (uint32_t token = 0; token < round.tokens; ++token) {
+        std::copy_n(x.data() + token * row, row, device(rank).activations(channel) + token * input.x_stride);
+      }
+    }
+    device(rank).dispatch_send(channel, input);
     std::fill(x.begin(), x.end(), kUntouched);
     std::fill(scales.begin(), scales.end(), kUntouched);
     std::fill(wide_ids.begin(), wide_ids.end(), -7);
@@ -110,9 +120,11 @@ class World {
 
   void combine_send(uint32_t rank, uint32_t channel, const RankRound& round) {
     Bytes rows = round.expert_rows;
-    device(rank).combine_send(
-        channel,
-        {.rows = rows.data(), .per_slot = config_.per_slot, .weights_applied = config_.weights_applied});
+    const bool in_place = config_.in_place && !config_.per_expert && !config_.per_slot;
+    if (in_place) std::copy(rows.begin(), rows.end(), device(rank).results(channel));
+    device(rank).combine_send(channel, {.rows = in_place ? device(rank).results(channel) : rows.data(),
+                                        .per_slot = config_.per_slot,
+                                        .weights_applied = config_.weights_applied});
     std::fill(rows.begin(), rows.end(), kUntouched);
   }
 

@@ -94,12 +94,14 @@ TEST(MissingRank, IsNamedByCombineRecv) {
   });
 }
 
-// Send halves wait for nothing but their own writes, before they overwrite their staging.
+// The half after which rows may be overwritten waits for the writes that carry them: combine_recv for those
+// of dispatch, and the next dispatch_recv for those of combine.
 class SlowNetwork : public testing::TestWithParam<Operation> {};
 
 INSTANTIATE_TEST_SUITE_P(Operations, SlowNetwork, testing::Values(Operation::kDispatch, Operation::kCombine));
 
-TEST_P(SlowNetwork, AWriteThatDoesNotCompleteIsNamedByTheNextSend) {
+TEST_P(SlowNetwork, AWriteThatDoesNotCompleteIsNamed) {
+  const bool dispatch = GetParam() == Operation::kDispatch;
   const WorldConfig config = small_config(4, 1);
   World world(config, milliseconds(200));
   Planner planner(config);
@@ -108,42 +110,39 @@ TEST_P(SlowNetwork, AWriteThatDoesNotCompleteIsNamedByTheNextSend) {
     return source == 0 && request.peer == 2 && chosen ? LoopbackNetwork::Fault::kNeverComplete
                                                       : LoopbackNetwork::Fault::kNone;
   });
-  run_round(world, all_ranks(config), planner.plan());
-  const Patience patience;
-  while (world.proxy(0)->unfinished_destinations() != std::vector<uint32_t>{2}) {
-    world.proxy(0)->help();
-    patience.check();
+  std::vector<RankRound> round = planner.plan();
+  const uint32_t before = dispatch ? 3 : 4;
+  for (uint32_t half = 0; half < before; ++half) {
+    run_half(world, static_cast<Half>(half), all_ranks(config), round);
   }
-  const std::vector<RankRound> round = planner.plan();
-  if (GetParam() == Operation::kDispatch) {
-    expect_timeout(world, Half::kDispatchSend, 0, round, {2}, 2);
-  } else {
+  if (!dispatch) {
+    round = planner.plan();
     run_half(world, Half::kDispatchSend, all_ranks(config), round);
-    run_half(world, Half::kDispatchRecv, all_ranks(config), round);
-    while (world.proxy(0)->unfinished_destinations() != std::vector<uint32_t>{2}) {
-      world.proxy(0)->help();
-      patience.check();
-    }
-    expect_timeout(world, Half::kCombineSend, 0, round, {2}, 2);
   }
+  const Half half = dispatch ? Half::kCombineRecv : Half::kDispatchRecv;
+  std::thread others([&] { run_half(world, half, {1, 2, 3}, round); });
+  expect_timeout(world, half, 0, round, {2}, dispatch ? 1 : 2);
+  others.join();
 }
 
-// The completion word is all that a send half needs: it neither helps nor locks before it overwrites what
-// the network has just let go of.
-TEST(Staging, IsFreeWhenTheCompletionWordSaysSo) {
+// The completion words are all that a device needs: it neither helps nor locks before its rows are
+// overwritten, which the network has just let go of.
+TEST(Staging, IsFreeWhenTheCompletionWordsSaySo) {
   WorldConfig config = small_config(2, 1);
   config.proxy_threads = true;
   World world(config);
   Planner planner(config);
   for (uint32_t i = 0; i < 10; ++i) {
+    const std::vector<RankRound> round = planner.plan();
     world.network().hold_completions(true);
-    run_round(world, {0, 1}, planner.plan());
+    for (uint32_t half = 0; half < 3; ++half) run_half(world, static_cast<Half>(half), {0, 1}, round);
     world.network().hold_completions(false);
     const Patience patience;
     for (const uint32_t rank : {0u, 1u}) {
       while (world.proxy(rank)->counters().completions < world.proxy(rank)->counters().writes)
         patience.check();
     }
+    run_half(world, Half::kCombineRecv, {0, 1}, round);
   }
 }
 
@@ -199,12 +198,12 @@ TEST(ForeignRow, InASlotIsAProtocolError) {
       World world(config);
       const Bytes row = row_naming(config.layout, id);
       const uint32_t writer = ranks_per_node;  // index 0 of node 1
-      std::copy(row.begin(), row.end(),
-                world.arena(writer) + config.layout.staging(0, Operation::kDispatch, 1, 0));
+      const size_t staging = config.layout.outgoing(0, Operation::kDispatch);
+      std::copy(row.begin(), row.end(), world.arena(writer) + staging);
       const Immediate immediate{.round_tag = 1, .source_node = 1, .first = true, .value = 1};
       ASSERT_EQ(world.network().endpoint(writer).post_write(
                     {.peer = 0,
-                     .local_offset = config.layout.staging(0, Operation::kDispatch, 1, 0),
+                     .local_offset = staging,
                      .remote_offset = config.layout.slot(0, Operation::kDispatch, 0, 1),
                      .bytes = static_cast<uint32_t>(row.size()),
                      .immediate = immediate.encode()}),
@@ -221,27 +220,28 @@ TEST(ForeignRow, InASlotIsAProtocolError) {
 }
 
 /// A world of two local ranks of which rank 1 is played by the test.
-class ForeignRegion : public testing::TestWithParam<bool> {
+class ForeignPeer : public testing::TestWithParam<bool> {
  protected:
-  ForeignRegion() {
+  ForeignPeer() {
     config_.per_expert = GetParam();
     world_.emplace(config_);
     world_->dispatch_send(0, 0, nothing());
   }
-  void announce(RoundWord word) {
-    const size_t block = config_.layout.block(0, 0, 1);
-    std::memcpy(world_->arena(0) + config_.layout.region(0, block), row_.data(), row_.size());
+  void announce(RoundWord word, uint32_t listed_row = 0) {
+    const Layout& layout = config_.layout;
+    std::memcpy(world_->arena(1) + layout.outgoing(0, Operation::kDispatch), row_.data(), row_.size());
+    std::memcpy(world_->arena(1) + layout.row_list(0, 0, 0), &listed_row, sizeof listed_row);
     const uint64_t bits = word.encode();
-    std::memcpy(world_->arena(0) + config_.layout.region_flag(0, block), &bits, sizeof bits);
+    std::memcpy(world_->arena(0) + layout.dispatch_flag(0, layout.block(0, 0, 1)), &bits, sizeof bits);
   }
   WorldConfig config_ = small_config(1, 2);
   Bytes row_ = row_naming(config_.layout, 2);
   std::optional<World> world_;
 };
 
-INSTANTIATE_TEST_SUITE_P(Layouts, ForeignRegion, testing::Bool());
+INSTANTIATE_TEST_SUITE_P(Layouts, ForeignPeer, testing::Bool());
 
-TEST_P(ForeignRegion, ARowThatNamesAnUnknownExpertIsAProtocolError) {
+TEST_P(ForeignPeer, ARowThatNamesAnUnknownExpertIsAProtocolError) {
   announce({.round = 1, .rows = 1});
   EXPECT_EQ(world_->device(0).dispatch_wait(0), 1u);
   Bytes x(16 * 2 * kMaxTokens);
@@ -255,7 +255,12 @@ TEST_P(ForeignRegion, ARowThatNamesAnUnknownExpertIsAProtocolError) {
                ProtocolError);
 }
 
-TEST_P(ForeignRegion, MoreRowsThanTokensIsAProtocolError) {
+TEST_P(ForeignPeer, ARowOutsideOfTheStagingIsAProtocolError) {
+  announce({.round = 1, .rows = 1}, kMaxTokens);
+  EXPECT_THROW(world_->device(0).dispatch_wait(0), ProtocolError);
+}
+
+TEST_P(ForeignPeer, MoreRowsThanTokensIsAProtocolError) {
   announce({.round = 1, .rows = kMaxTokens + 1});
   EXPECT_THROW(world_->device(0).dispatch_wait(0), ProtocolError);
 }

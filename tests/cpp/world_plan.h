@@ -38,6 +38,7 @@ struct WorldConfig {
   bool per_slot = false;
   bool weights_applied = true;
   bool ids_are_64_bit = false;
+  bool in_place = false;  ///< activations, and results per token, are produced where the device wants them
   Routing routing = Routing::kMixed;
   uint32_t rounds = 3;
   uint64_t chunk_bytes = 128;
@@ -62,10 +63,10 @@ inline std::ostream& operator<<(std::ostream& out, const WorldConfig& c) {
       << (c.per_expert ? "per_expert"
           : c.per_slot ? "per_slot"
                        : "per_token")
-      << (c.weights_applied ? "" : ", weights not applied") << ", ids " << (c.ids_are_64_bit ? 64 : 32)
-      << ", routing " << static_cast<int>(c.routing) << ", chunks " << c.chunk_bytes << ", rails " << c.rails
-      << ", ring " << c.ring_commands << ", queue " << c.send_queue_depth
-      << (c.proxy_threads ? "" : ", no proxy threads") << ", owners";
+      << (c.weights_applied ? "" : ", weights not applied") << (c.in_place ? ", in place" : "") << ", ids "
+      << (c.ids_are_64_bit ? 64 : 32) << ", routing " << static_cast<int>(c.routing) << ", chunks "
+      << c.chunk_bytes << ", rails " << c.rails << ", ring " << c.ring_commands << ", queue "
+      << c.send_queue_depth << (c.proxy_threads ? "" : ", no proxy threads") << ", owners";
   for (const uint32_t owner : c.expert_owner) out << " " << owner;
   return out;
 }

@@ -136,6 +136,7 @@ WorldConfig draw(Topology topology, uint32_t turn, uint64_t seed) {
   config.per_slot = !config.per_expert && turn / 2 % 2 == 0;
   config.weights_applied = !(config.per_expert || config.per_slot) || random() % 2 == 0;
   config.ids_are_64_bit = random() % 2 == 0;
+  config.in_place = random() % 2 == 0;
   config.layout.topology = topology;
   config.layout.row = {.top_k = one_of<uint32_t>(random, {1, 2, 3, 4, 5, 6, 7, 8, 32}),
                        .payload_bytes = one_of<uint32_t>(random, {16, 48, 176}),

@@ -27,12 +27,13 @@ inline std::optional<Half> half_of(const Label& label, const Topology& topology)
     case Step::kStage:
       if (label.operation == Operation::kDispatch) return Half::kDispatchSend;
       return topology.ranks_per_node == 1 ? Half::kCombineSend : Half::kCombineRecv;
-    case Step::kWriteRegion:
+    case Step::kProduce:
+    case Step::kOffer:
       return Half::kDispatchSend;
     case Step::kForward:
     case Step::kPack:
       return Half::kDispatchRecv;
-    case Step::kWritePartial:
+    case Step::kReturn:
       return Half::kCombineSend;
     case Step::kGather:
       return Half::kCombineRecv;

@@ -116,14 +116,18 @@ class ProtocolNet {
   uint32_t network(Step step, Operation operation, uint32_t channel, uint32_t from, uint32_t to) const {
     return id({step, operation, channel, from, to});
   }
-  uint32_t region_writer(uint32_t channel, uint32_t source, uint32_t owner) const {
-    if (local(source, owner)) return id({Step::kWriteRegion, kDispatch, channel, source, owner});
+  uint32_t produce(uint32_t channel, uint32_t rank) const {
+    return id({Step::kProduce, kDispatch, channel, rank});
+  }
+  /// Lists the rows of `source` for `owner`, who is not on its rail, or is on its node.
+  uint32_t list_writer(uint32_t channel, uint32_t source, uint32_t owner) const {
+    if (local(source, owner)) return id({Step::kOffer, kDispatch, channel, source, owner});
     const uint32_t forwarder = topology_.rail_peer(source, topology_.node_of(owner));
     return id({Step::kForward, kDispatch, channel, forwarder, source, owner});
   }
   uint32_t pack(uint32_t channel, uint32_t rank) const { return id({Step::kPack, kDispatch, channel, rank}); }
-  uint32_t partial(uint32_t channel, uint32_t owner, uint32_t source) const {
-    return id({Step::kWritePartial, kCombine, channel, owner, source});
+  uint32_t results(uint32_t channel, uint32_t owner, uint32_t source) const {
+    return id({Step::kReturn, kCombine, channel, owner, source});
   }
   uint32_t gather(uint32_t channel, uint32_t rank) const {
     return id({Step::kGather, kCombine, channel, rank});
@@ -180,9 +184,10 @@ inline void ProtocolNet::add_steps() {
       });
     }
   };
+  for_ranks([&](uint32_t channel, uint32_t rank) { add_step({Step::kProduce, kDispatch, channel, rank}); });
   add_transfer(kDispatch);
   for_ranks([&](uint32_t channel, uint32_t rank) {
-    for (const uint32_t owner : node(rank)) add_step({Step::kWriteRegion, kDispatch, channel, rank, owner});
+    for (const uint32_t owner : node(rank)) add_step({Step::kOffer, kDispatch, channel, rank, owner});
   });
   for_ranks([&](uint32_t channel, uint32_t rank) {
     for (const uint32_t source : rail(rank)) {
@@ -194,7 +199,7 @@ inline void ProtocolNet::add_steps() {
   for_ranks([&](uint32_t channel, uint32_t rank) { add_step({Step::kPack, kDispatch, channel, rank}); });
   for_ranks([&](uint32_t channel, uint32_t rank) {
     for (uint32_t source = 0; source < topology_.world; ++source) {
-      add_step({Step::kWritePartial, kCombine, channel, rank, source});
+      add_step({Step::kReturn, kCombine, channel, rank, source});
     }
   });
   add_transfer(kCombine);
@@ -213,31 +218,35 @@ inline void ProtocolNet::connect_network(uint32_t channel, uint32_t rank) {
 }
 
 inline void ProtocolNet::connect_dispatch(uint32_t channel, uint32_t rank) {
+  const uint32_t first = produce(channel, rank);
+  wait(Signal::kRoundEnd, first, gather(channel, rank), 1);
+  if (options_.removed == Signal::kRoundEnd) {  // combine_send then comes first, combine_recv between
+    for (uint32_t source = 0; source < topology_.world; ++source) {
+      order(first, results(channel, rank, source), 1);
+    }
+  }
   std::vector<uint32_t> send;
   for (const uint32_t peer : rail(rank)) {
     send.push_back(network(Step::kStage, kDispatch, channel, rank, peer));
-    for (const uint32_t other : rail(rank)) {
-      wait(Signal::kDispatchCompletion, send.back(),
-           network(Step::kComplete, kDispatch, channel, rank, other), 1);
-    }
   }
-  for (const uint32_t owner : node(rank)) send.push_back(region_writer(channel, rank, owner));
-  for (const uint32_t step : send) {
-    wait(Signal::kRoundEnd, step, gather(channel, rank), 1);
-    if (options_.removed == Signal::kRoundEnd) {  // combine_send then comes first, combine_recv between
-      for (uint32_t source = 0; source < topology_.world; ++source) {
-        order(step, partial(channel, rank, source), 1);
-      }
+  for (const uint32_t owner : node(rank)) {  // the lists name staged rows
+    for (const uint32_t peer : rail(rank)) {
+      order(list_writer(channel, rank, owner), network(Step::kStage, kDispatch, channel, rank, peer));
     }
+    send.push_back(list_writer(channel, rank, owner));
   }
+  for (const uint32_t step : send) order(step, first);
+
   std::vector<uint32_t> receive = {pack(channel, rank)};
   for (const uint32_t source : rail(rank)) {
     const RoundSet skipped = pair_of_node(Silence::kBoth, source, rank);
     const uint32_t arrival = network(Step::kArrive, kDispatch, channel, source, rank);
     wait(Signal::kDispatchArrival, pack(channel, rank), arrival, 0, skipped);
+    wait(Signal::kCombineCompletion, pack(channel, rank),
+         network(Step::kComplete, kCombine, channel, rank, source), 1);
     for (const uint32_t owner : node(rank)) {
       if (owner == rank) continue;
-      const uint32_t forward = region_writer(channel, source, owner);
+      const uint32_t forward = list_writer(channel, source, owner);
       wait(Signal::kDispatchArrival, forward, arrival, 0, skipped);
       order(pack(channel, rank), forward);
       receive.push_back(forward);
@@ -249,36 +258,34 @@ inline void ProtocolNet::connect_dispatch(uint32_t channel, uint32_t rank) {
   }
   for (uint32_t source = 0; source < topology_.world; ++source) {
     if (source == rank || on_rail(rank, source)) continue;
-    wait(local(rank, source) ? Signal::kLocalRegionFlag : Signal::kForwardedRegionFlag, pack(channel, rank),
-         region_writer(channel, source, rank), 0, pair(Silence::kBoth, source, rank));
+    wait(local(rank, source) ? Signal::kLocalFlag : Signal::kForwardedFlag, pack(channel, rank),
+         list_writer(channel, source, rank), 0, pair(Silence::kBoth, source, rank));
   }
 }
 
 inline void ProtocolNet::connect_combine(uint32_t channel, uint32_t rank) {
   for (uint32_t source = 0; source < topology_.world; ++source) {
-    order(partial(channel, rank, source), pack(channel, rank));
-    order(gather(channel, rank), partial(channel, rank, source));
+    order(results(channel, rank, source), pack(channel, rank));
+    order(gather(channel, rank), results(channel, rank, source));
   }
   for (const uint32_t source : rail(rank)) {
     const uint32_t stage = network(Step::kStage, kCombine, channel, rank, source);
-    order(stage, partial(channel, rank, source));
+    order(stage, results(channel, rank, source));
     order(gather(channel, rank), stage);
-    for (const uint32_t other : rail(rank)) {  // the rank's own partial sums go straight into the staging
-      wait(Signal::kCombineCompletion, partial(channel, rank, source),
-           network(Step::kComplete, kCombine, channel, rank, other), 1);
-    }
     for (const uint32_t owner : node(rank)) {
       if (owner == rank) continue;
-      wait(Signal::kRemotePartialFlag, stage, partial(channel, owner, source), 0,
+      wait(Signal::kRemoteResultFlag, stage, results(channel, owner, source), 0,
            pair(Silence::kCombine, source, owner));
     }
     wait(Signal::kCombineArrival, gather(channel, rank),
          network(Step::kArrive, kCombine, channel, source, rank), 0,
          pair_of_node(Silence::kCombine, rank, source));
+    wait(Signal::kDispatchCompletion, gather(channel, rank),
+         network(Step::kComplete, kDispatch, channel, rank, source));
   }
   for (const uint32_t owner : node(rank)) {
     if (owner == rank) continue;
-    wait(Signal::kOwnNodePartialFlag, gather(channel, rank), partial(channel, owner, rank), 0,
+    wait(Signal::kOwnNodeResultFlag, gather(channel, rank), results(channel, owner, rank), 0,
          pair(Silence::kCombine, rank, owner));
   }
 }
@@ -288,55 +295,79 @@ inline void ProtocolNet::add_buffers(uint32_t channel, uint32_t rank) {
   const auto name = [&](const std::string& kind, uint32_t other) {
     return channel_name(channel) + kind + rank_name(other) + " at " + rank_name(rank);
   };
-  const auto add_staging = [&](const std::string& kind, Operation operation, uint32_t peer, uint32_t writer,
-                               RoundSet skipped) {
-    std::vector<Reader> readers = {{network(Step::kLand, operation, channel, rank, peer), skipped}};
+  /// The network reads what a write carries, until it has landed or until the completion.
+  const auto add_network_readers = [&](std::vector<Reader>& readers, Operation operation, uint32_t peer,
+                                       RoundSet skipped) {
+    readers.push_back({network(Step::kLand, operation, channel, rank, peer), skipped});
     if (options_.staging_until_completion) {
       readers.push_back({network(Step::kComplete, operation, channel, rank, peer), skipped});
     }
-    if (operation == kCombine) {
-      readers.push_back({network(Step::kStage, operation, channel, rank, peer), skipped});
-    }
-    add_buffer(name(kind, peer), rank, writer, readers, skipped);
   };
+  /// Owners on this node read the rows of `source` when they pack them, and their routing until they return
+  /// the results.
+  const auto add_owners = [&](std::vector<Reader>& readers, uint32_t source, RoundSet not_filled) {
+    for (const uint32_t owner : node(rank)) {
+      readers.push_back(
+          {pack(channel, owner), static_cast<RoundSet>(pair(Silence::kBoth, source, owner) | not_filled)});
+      readers.push_back({results(channel, owner, source),
+                         static_cast<RoundSet>(pair(Silence::kCombine, source, owner) | not_filled)});
+    }
+  };
+  std::vector<Reader> of_activations;
+  add_owners(of_activations, rank, 0);
   for (const uint32_t peer : rail(rank)) {
-    add_staging("dispatch staging for ", kDispatch, peer,
-                network(Step::kStage, kDispatch, channel, rank, peer),
-                pair_of_node(Silence::kBoth, rank, peer));
-    // The rank's own partial sums, then the node's sums in their place.
-    const RoundSet back = pair_of_node(Silence::kCombine, peer, rank);
-    add_staging("combine staging for ", kCombine, peer, partial(channel, rank, peer), back);
+    const RoundSet out = pair_of_node(Silence::kBoth, rank, peer);
+    add_network_readers(of_activations, kDispatch, peer, out);
+
+    std::vector<Reader> of_staging;
+    add_owners(of_staging, rank, out);
+    add_network_readers(of_staging, kDispatch, peer, out);
+    add_buffer(name("dispatch staging for ", peer), rank,
+               network(Step::kStage, kDispatch, channel, rank, peer), of_staging, out);
 
     const RoundSet there = pair_of_node(Silence::kBoth, peer, rank);
-    std::vector<Reader> readers = {{pack(channel, rank), there},
-                                   {partial(channel, rank, peer), pair(Silence::kCombine, peer, rank)},
-                                   {network(Step::kStage, kCombine, channel, rank, peer), back}};
+    const RoundSet back = pair_of_node(Silence::kCombine, peer, rank);
+    std::vector<Reader> of_slot = {{network(Step::kStage, kCombine, channel, rank, peer), back}};
+    add_owners(of_slot, peer, there);
     for (const uint32_t owner : node(rank)) {
-      if (owner != rank) readers.push_back({region_writer(channel, peer, owner), there});
+      if (owner != rank) of_slot.push_back({list_writer(channel, peer, owner), there});
     }
     add_buffer(name("dispatch slot of ", peer), rank, network(Step::kLand, kDispatch, channel, peer, rank),
-               readers, there);
+               of_slot, there);
 
+    if (topology_.ranks_per_node > 1) {
+      std::vector<Reader> of_sums;
+      add_network_readers(of_sums, kCombine, peer, back);
+      add_buffer(name("combine staging for ", peer), rank,
+                 network(Step::kStage, kCombine, channel, rank, peer), of_sums, back);
+    }
     const RoundSet returned = pair_of_node(Silence::kCombine, rank, peer);
     add_buffer(name("combine slot of ", peer), rank, network(Step::kLand, kCombine, channel, peer, rank),
                {{gather(channel, rank), returned}}, returned);
   }
+  add_buffer(name("activations of ", rank), rank, produce(channel, rank), of_activations, 0);
+
   for (uint32_t source = 0; source < topology_.world; ++source) {
-    if (on_rail(rank, source)) continue;
-    add_buffer(name("region of ", source), rank, region_writer(channel, source, rank),
-               {{pack(channel, rank), pair(Silence::kBoth, source, rank)},
-                {partial(channel, rank, source), pair(Silence::kCombine, source, rank)}},
-               pair(Silence::kBoth, source, rank));
-  }
-  for (uint32_t source_node = 0; source_node < topology_.nodes(); ++source_node) {
-    const uint32_t source = topology_.rail_peer(rank, source_node);
-    for (const uint32_t owner : node(rank)) {
-      if (owner == rank && source != rank) continue;
-      const uint32_t reader =
-          source == rank ? gather(channel, rank) : network(Step::kStage, kCombine, channel, rank, source);
-      const RoundSet skipped = pair(Silence::kCombine, source, owner);
-      add_buffer(name("partials of " + rank_name(owner) + " for ", source), rank,
-                 partial(channel, owner, source), {{reader, skipped}}, skipped);
+    const RoundSet there = pair(Silence::kBoth, source, rank);
+    const RoundSet back = pair(Silence::kCombine, source, rank);
+    if (!on_rail(rank, source)) {
+      add_buffer(name("row list of ", source), rank, list_writer(channel, source, rank),
+                 {{pack(channel, rank), there}, {results(channel, rank, source), back}}, there);
+    }
+    // Both the results, which experts may write in place as soon as the rows are packed, and the flag.
+    const uint32_t rail_rank = topology_.rail_peer(source, topology_.node_of(rank));
+    std::vector<Reader> of_results;
+    if (source == rail_rank) {
+      of_results.push_back({gather(channel, source), back});
+    } else if (topology_.ranks_per_node > 1) {
+      of_results.push_back({network(Step::kStage, kCombine, channel, rail_rank, source), back});
+    } else {
+      add_network_readers(of_results, kCombine, source, back);
+    }
+    add_buffer(name("results for ", source), rank, pack(channel, rank), of_results, back);
+    if (rail_rank != rank) {
+      add_buffer(name("result flag for ", source), rail_rank, results(channel, rank, source), of_results,
+                 back);
     }
   }
 }

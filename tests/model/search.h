@@ -37,6 +37,12 @@ struct SearchResult {
   uint64_t transitions = 0;
 };
 
+/// One buffer and one of the steps that read it. The safety rule is a conjunction over these.
+struct BufferUse {
+  uint32_t buffer = 0;
+  uint32_t reader = 0;
+};
+
 /// Whether nothing keeps the step from its next round.
 inline bool can_run(const ProtocolNet& net, const Progress& progress, uint32_t step) {
   const int round = progress[step] + 1;
@@ -47,9 +53,9 @@ inline bool can_run(const ProtocolNet& net, const Progress& progress, uint32_t s
 }
 
 /// The safety rule for a step that is about to run: it overwrites only what all readers of the old data are
-/// done with, and reads only data of its own round. `only` restricts the rule to one buffer.
+/// done with, and reads only data of its own round. `only` restricts the rule to one use.
 inline std::optional<std::string> broken_rule(const ProtocolNet& net, const Progress& progress, uint32_t step,
-                                              std::optional<uint32_t> only = std::nullopt) {
+                                              std::optional<BufferUse> only = std::nullopt) {
   const int round = progress[step] + 1;
   const auto last_filled = [](const ProtocolNet::Buffer& buffer, int before) {
     while (before > 0 && contains(buffer.skipped, before)) --before;
@@ -57,9 +63,10 @@ inline std::optional<std::string> broken_rule(const ProtocolNet& net, const Prog
   };
   for (const uint32_t id : net.steps()[step].writes) {
     const auto& buffer = net.buffers()[id];
-    if ((only && id != *only) || contains(buffer.skipped, round)) continue;
+    if ((only && id != only->buffer) || contains(buffer.skipped, round)) continue;
     const int old = last_filled(buffer, round - 1);
     for (const auto& reader : buffer.readers) {
+      if (only && reader.step != only->reader) continue;
       if (progress[reader.step] < old && !contains(reader.skipped, old)) {
         return "this overwrites the " + buffer.name + " before: " + net.describe(reader.step);
       }
@@ -67,7 +74,8 @@ inline std::optional<std::string> broken_rule(const ProtocolNet& net, const Prog
   }
   for (const auto& read : net.steps()[step].reads) {
     const auto& buffer = net.buffers()[read.buffer];
-    if ((only && read.buffer != *only) || contains(read.skipped, round)) continue;
+    if (only && (read.buffer != only->buffer || step != only->reader)) continue;
+    if (contains(read.skipped, round)) continue;
     const int found = last_filled(buffer, progress[buffer.writer]);
     if (found != round) {
       return "this reads the " + buffer.name + (found < round ? " before: " : " after the next round's: ") +
@@ -79,8 +87,8 @@ inline std::optional<std::string> broken_rule(const ProtocolNet& net, const Prog
 
 struct SearchOptions {
   bool unbounded = true;  ///< false: runs of Progress::kMost rounds
-  /// Checks this buffer only; steps that do not touch it then run at once, without alternatives.
-  std::optional<uint32_t> buffer = std::nullopt;
+  /// Checks this use only; steps other than its two then run at once, without alternatives.
+  std::optional<BufferUse> use = std::nullopt;
   uint64_t max_states = std::numeric_limits<uint32_t>::max();
 };
 
@@ -88,11 +96,10 @@ struct SearchOptions {
 class Search {
  public:
   Search(const ProtocolNet& net, const SearchOptions& options)
-      : net_(net), options_(options), visible_(net.steps().size(), !options.buffer) {
-    if (!options.buffer) return;
-    const auto& buffer = net.buffers()[*options.buffer];
-    visible_[buffer.writer] = true;
-    for (const auto& reader : buffer.readers) visible_[reader.step] = true;
+      : net_(net), options_(options), visible_(net.steps().size(), !options.use) {
+    if (!options.use) return;
+    visible_[net.buffers()[options.use->buffer].writer] = true;
+    visible_[options.use->reader] = true;
   }
 
   SearchResult run() {
@@ -108,7 +115,7 @@ class Search {
         stuck = false;
         if (!visible_[step] || !below_limit(progress, step)) continue;
         ++result_.transitions;
-        if (const auto rule = broken_rule(net_, progress, step, options_.buffer)) {
+        if (const auto rule = broken_rule(net_, progress, step, options_.use)) {
           return end(states, Violation{*rule, causes(path_to(states, state, step))});
         }
         next = progress;
@@ -143,7 +150,7 @@ class Search {
   /// Runs every invisible step as far as it can go: no step disables another, so order does not matter.
   /// Returns the rounds forgotten afterwards.
   uint32_t settle(Progress& progress, std::vector<Firing>* fired) {
-    for (bool moved = options_.buffer.has_value(); moved;) {
+    for (bool moved = options_.use.has_value(); moved;) {
       moved = false;
       for (uint32_t step = 0; step < progress.size(); ++step) {
         while (!visible_[step] && can_run(net_, progress, step) && below_limit(progress, step)) {
@@ -209,20 +216,23 @@ inline SearchResult search_all(const ProtocolNet& net, const SearchOptions& opti
   return Search(net, options).run();
 }
 
-/// Buffer by buffer; reports the violation with the shortest trace. `rank` restricts it to one rank's
-/// buffers: all ranks are alike unless pairs are empty.
+/// Buffer by buffer, and reader by reader; reports the violation with the shortest trace. `rank` restricts it
+/// to one rank's buffers: all ranks are alike unless pairs are empty.
 inline SearchResult search_buffers(const ProtocolNet& net, bool unbounded = true,
                                    std::optional<uint32_t> rank = std::nullopt) {
   SearchResult total;
   for (uint32_t buffer = 0; buffer < net.buffers().size(); ++buffer) {
     if (rank && net.buffers()[buffer].rank != *rank) continue;
-    SearchResult one = Search(net, {.unbounded = unbounded, .buffer = buffer}).run();
-    total.complete &= one.complete;
-    total.runaway |= one.runaway;
-    total.states += one.states;
-    total.transitions += one.transitions;
-    if (one.violation && (!total.violation || one.violation->trace.size() < total.violation->trace.size())) {
-      total.violation = std::move(one.violation);
+    for (const auto& reader : net.buffers()[buffer].readers) {
+      SearchResult one = Search(net, {.unbounded = unbounded, .use = BufferUse{buffer, reader.step}}).run();
+      total.complete &= one.complete;
+      total.runaway |= one.runaway;
+      total.states += one.states;
+      total.transitions += one.transitions;
+      if (one.violation &&
+          (!total.violation || one.violation->trace.size() < total.violation->trace.size())) {
+        total.violation = std::move(one.violation);
+      }
     }
   }
   return total;

@@ -16,26 +16,27 @@ namespace efa_ep::model {
 
 /// In the order in which a round passes through them.
 enum class Step : uint8_t {
-  kStage,        ///< rank fills its staging for `peer` (combine: with the node's sums) and posts the write
-  kLand,         ///< network: the write from rank to `peer` moves the bytes from staging to slot
-  kArrive,       ///< network: `peer` learns that this write is complete there
-  kComplete,     ///< network: rank learns that its write is complete
-  kWriteRegion,  ///< rank writes its rows for local owner `peer` and sets the region flag
-  kForward,      ///< rank copies the rows of rail peer `peer` to local owner `owner` and sets the region flag
-  kPack,         ///< rank reads all rows for its experts
-  kWritePartial,  ///< rank writes its partial sums for source `peer`, and the partial flag if others read
-                  ///< them
-  kGather,        ///< rank sums what has come back to it
+  kProduce,   ///< rank writes its activations, in place
+  kStage,     ///< rank fills its staging for `peer` (combine: with the node's sums) and posts the write; in
+              ///< combine with one rank per node it posts its results
+  kLand,      ///< network: the write from rank to `peer` moves the bytes to the slot
+  kArrive,    ///< network: `peer` learns that this write is complete there
+  kComplete,  ///< network: rank learns that its write is complete
+  kOffer,     ///< rank lists its rows for local owner `peer` and sets the dispatch flag
+  kForward,   ///< rank lists the rows of rail peer `peer` for local owner `owner` and sets the dispatch flag
+  kPack,      ///< rank reads all rows for its experts; from here on these may write the results, in place
+  kReturn,    ///< the results for source `peer` are complete; rank sets the result flag if others read them
+  kGather,    ///< rank sums what has come back to it
 };
 
 /// What a rank waits for before a step, and what the checker can leave out.
 enum class Signal : uint8_t {
   kNone,
   kDispatchArrival,
-  kForwardedRegionFlag,
-  kLocalRegionFlag,
-  kRemotePartialFlag,
-  kOwnNodePartialFlag,
+  kForwardedFlag,
+  kLocalFlag,
+  kRemoteResultFlag,
+  kOwnNodeResultFlag,
   kCombineArrival,
   kDispatchCompletion,
   kCombineCompletion,
@@ -44,10 +45,10 @@ enum class Signal : uint8_t {
 inline constexpr uint32_t kSignals = 10;
 inline constexpr std::array<std::string_view, kSignals> kSignalNames = {"none",
                                                                         "arrival of dispatch",
-                                                                        "region flag of a forwarder",
-                                                                        "region flag of a local source",
-                                                                        "partial flag for a remote source",
-                                                                        "partial flag for the own node",
+                                                                        "dispatch flag of a forwarder",
+                                                                        "dispatch flag of a local source",
+                                                                        "result flag for a remote source",
+                                                                        "result flag for the own node",
                                                                         "arrival of combine",
                                                                         "completion of dispatch",
                                                                         "completion of combine",
@@ -56,8 +57,8 @@ inline constexpr std::array<std::string_view, kSignals> kSignalNames = {"none",
 /// What a pair without rows in a round leaves out; its reader is assumed to know that, and does not wait.
 enum class Silence : uint8_t {
   kNever,    ///< nothing: the protocol
-  kCombine,  ///< partial flags and combine writes
-  kBoth,     ///< those, region flags and dispatch writes
+  kCombine,  ///< result flags and combine writes
+  kBoth,     ///< those, dispatch flags and dispatch writes
 };
 
 /// A set of rounds: bit r for round r, bit 7 for all later ones too.
@@ -99,8 +100,10 @@ inline std::string describe(const Label& label, const Topology& topology) {
   const std::string rank = rank_name(label.rank, topology);
   const std::string peer = rank_name(label.peer, topology);
   switch (label.step) {
+    case Step::kProduce:
+      return rank + " produces its activations";
     case Step::kStage:
-      return rank + (dispatch ? " stages rows" : " sums its node's partials") + " for " + peer +
+      return rank + (dispatch ? " stages rows" : " sums its node's results") + " for " + peer +
              " and posts the " + operation + " write";
     case Step::kLand:
       return "network: the " + operation + " write of " + rank + " lands at " + peer;
@@ -108,14 +111,14 @@ inline std::string describe(const Label& label, const Topology& topology) {
       return "network: " + peer + " sees the arrival of the " + operation + " write of " + rank;
     case Step::kComplete:
       return "network: " + rank + " sees the completion of its " + operation + " write to " + peer;
-    case Step::kWriteRegion:
-      return rank + " writes its rows for local owner " + peer;
+    case Step::kOffer:
+      return rank + " lists its rows for local owner " + peer;
     case Step::kForward:
-      return rank + " forwards the rows of " + peer + " to local owner " + rank_name(label.owner, topology);
+      return rank + " lists the rows of " + peer + " for local owner " + rank_name(label.owner, topology);
     case Step::kPack:
       return rank + " packs the rows for its experts";
-    case Step::kWritePartial:
-      return rank + " writes its partial sums for source " + peer;
+    case Step::kReturn:
+      return rank + " has its results for source " + peer;
     case Step::kGather:
       return rank + " sums what came back to it";
   }
