@@ -24,13 +24,13 @@ from benchmarks.contestants.gloo_allgather import GlooAllGather
 from benchmarks.contestants.gloo_alltoall import GlooAllToAll
 from benchmarks.contestants.memcpy_floor import MemcpyFloor
 from benchmarks.contestants.mpi_alltoallv import MpiAllToAllv
-from benchmarks.contestants.ours import Ours
+from benchmarks.contestants.ours import Ours, OursElsewhere
 from benchmarks.problem import Cell, Problem
 from vllm_efa_ep.config import Settings
 
 SCENES: dict[str, tuple[type[Contestant], ...]] = {
-    "same_node": (Ours, GlooAllToAll, MpiAllToAllv, GlooAllGather, MemcpyFloor),
-    "own_node": (Ours, GlooAllToAll, MpiAllToAllv, GlooAllGather, BareWrites),
+    "same_node": (Ours, OursElsewhere, GlooAllToAll, MpiAllToAllv, GlooAllGather, MemcpyFloor),
+    "own_node": (Ours, OursElsewhere, GlooAllToAll, MpiAllToAllv, GlooAllGather, BareWrites),
 }
 TIMEOUT_S = 120.0
 WARM_UP_ROUNDS = 2  # after the round that is checked

@@ -13,13 +13,14 @@ import matplotlib.pyplot as plt
 FLOORS = {"same_node": "memcpy", "own_node": "bare_writes"}
 LABELS = {
     "ours": "vllm-efa-ep",
+    "ours_elsewhere": "vllm-efa-ep, ordinary tensors",
     "gloo_allgather": "gloo all-gather/reduce-scatter",
     "gloo_alltoall": "gloo all_to_all",
     "mpi_alltoallv": "Open MPI alltoallv",
     "memcpy": "floor: memcpy",
     "bare_writes": "floor: bare writes",
 }
-COLUMNS = ("ours", *PEERS, "floor")
+COLUMNS = ("ours", "ours_elsewhere", *PEERS, "floor")
 
 
 def header() -> str:
@@ -87,7 +88,7 @@ def plot(results: Sequence[CellResult], path: Path) -> None:
                 if [result["cell"][key] for key in ("scene", "world", "dtype", "hidden")]
                 == [scene, world, dtype, hidden]
             ]
-            for name in ("ours", *PEERS, FLOORS[scene]):
+            for name in ("ours", "ours_elsewhere", *PEERS, FLOORS[scene]):
                 tokens = [result["cell"]["tokens"] for result in cells]
                 medians = [median(result, name) for result in cells]
                 style = "k:" if name in FLOORS.values() else "o-"

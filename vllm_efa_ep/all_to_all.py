@@ -12,14 +12,16 @@ halves return at once, so the caller can compute between the halves while data f
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import TracebackType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from vllm_efa_ep import __version__, _core
 from vllm_efa_ep.all_to_all_config import COMBINE_TYPES, AllToAllConfig
+from vllm_efa_ep.arena_views import activations, results
+from vllm_efa_ep.argument_checks import check, checked
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.connection import Connection, connect
@@ -37,8 +39,7 @@ _DIAGNOSIS_SHARE = 0.1
 __all__ = ["AllToAll", "AllToAllConfig", "Dispatched", "Handle"]
 
 
-@dataclass(frozen=True)
-class Handle:
+class Handle(NamedTuple):
     """A round in flight: returned by ``dispatch_send``, taken by the other halves.
 
     Attributes:
@@ -100,6 +101,10 @@ class AllToAll:
             proxy=self._connection.proxy,
         )
         self._rounds = [0] * config.channels
+        arena = self._connection.arena
+        channels = range(config.channels)
+        self._activations = [activations(arena, layout, channel, config) for channel in channels]
+        self._results = [results(arena, layout, channel, config) for channel in channels]
         self._buffers = [
             OutputBuffers(config, len(self.local_experts), self.expert_capacity) for _ in self._rounds
         ]
@@ -124,6 +129,36 @@ class AllToAll:
         """Rows per expert in the per_expert layout: every token of every rank."""
         return self.world.size * self.config.max_tokens_per_rank
 
+    def activations(self, channel: int = 0) -> torch.Tensor:
+        """Return memory that ranks of the own node read: a layer that writes its output here saves a copy.
+
+        Returns:
+            ``[max_tokens_per_rank, columns]`` of ``config.dtype``, not contiguous. Pass its first T rows to
+            ``dispatch_send`` as ``x``; from then on they must stay untouched until ``combine_recv``.
+
+        """
+        self._check_channel(channel)
+        return self._activations[channel]
+
+    def expert_output(self, handle: Handle) -> torch.Tensor:
+        """Return memory that other ranks read: experts that write their output here save a copy of every row.
+
+        Returns:
+            ``[M, H]`` of ``config.combine_dtype``, uninitialised, for the M rows of ``dispatch_recv``. Pass
+            it to ``combine_send``; from then on it must stay untouched until the channel's next
+            ``dispatch_recv``.
+
+        Raises:
+            ConfigurationError: The layout is per_expert: its outputs are summed, so they need another place.
+
+        """
+        self._check_handle(handle)
+        if self.config.layout == "per_expert":
+            raise ConfigurationError(
+                "expert_output() is for layout per_token; in per_expert, experts use tensors of their own"
+            )
+        return self._results[handle.channel][: self._buffers[handle.channel].rows]
+
     def dispatch_send(
         self,
         x: torch.Tensor,
@@ -132,7 +167,9 @@ class AllToAll:
         scales: torch.Tensor | None = None,
         channel: int = 0,
     ) -> Handle:
-        """Send tokens to the ranks of their experts; waits for nobody. The inputs may be reused at once.
+        """Send tokens to the ranks of their experts; waits for nobody.
+
+        The inputs may be reused at once, but for an ``x`` that is (the first rows of) ``activations()``.
 
         Args:
             x: ``[T, columns]`` of ``config.dtype``.
@@ -148,20 +185,23 @@ class AllToAll:
         self._check_channel(channel)
         tokens = x.shape[0] if x.ndim > 0 else 0
         config = self.config
-        x = _checked("x", x, (tokens, config.columns), (config.dtype,))
-        topk_ids = _checked("topk_ids", topk_ids, (tokens, config.top_k), (torch.int32, torch.int64))
-        topk_weights = _checked("topk_weights", topk_weights, (tokens, config.top_k), (torch.float32,))
+        check("x", x, (tokens, config.columns), (config.dtype,))
+        if x.stride() != self._activations[channel].stride():  # rows elsewhere must lie side by side
+            x = x.contiguous()
+        topk_ids = checked("topk_ids", topk_ids, (tokens, config.top_k), (torch.int32, torch.int64))
+        topk_weights = checked("topk_weights", topk_weights, (tokens, config.top_k), (torch.float32,))
         if (scales is not None) != (config.scale_columns > 0):
             raise ConfigurationError(
                 f"scales are {'given' if scales is not None else 'missing'}, but scale_columns is "
                 f"{config.scale_columns}; pass float32 scales [tokens, scale_columns] exactly if it is not 0"
             )
         if scales is not None:
-            scales = _checked("scales", scales, (tokens, config.scale_columns), (torch.float32,))
+            scales = checked("scales", scales, (tokens, config.scale_columns), (torch.float32,))
         self._call(
             lambda device: device.dispatch_send(
                 channel,
                 x.data_ptr(),
+                x.stride(0) * x.itemsize,
                 scales.data_ptr() if scales is not None else 0,
                 topk_ids.data_ptr(),
                 topk_ids.dtype == torch.int64,
@@ -181,24 +221,22 @@ class AllToAll:
 
         """
         self._check_handle(handle)
-        rows = self._call(lambda device: device.dispatch_wait(handle.channel))
-        dispatched = self._buffers[handle.channel].views(rows)
-        self._call(
-            lambda device: device.dispatch_pack(
-                handle.channel,
-                dispatched.x.data_ptr(),
-                _pointer(dispatched.scales),
-                _pointer(dispatched.topk_ids),
-                _pointer(dispatched.topk_weights),
-                dispatched.tokens_per_expert.data_ptr(),
-            )
+        buffers = self._buffers[handle.channel]
+        rows = self._call(
+            lambda device: device.dispatch_recv(handle.channel, buffers.room, *buffers.addresses)
         )
-        return dispatched
+        if rows > buffers.room:
+            buffers.grow(rows)
+            self._call(lambda device: device.dispatch_pack(handle.channel, *buffers.addresses))
+        return buffers.views(rows)
 
     def combine_send(
         self, expert_output: torch.Tensor, handle: Handle, weights_applied: bool | None = None
     ) -> None:
-        """Send results back; waits for nobody. ``expert_output`` may be reused at once.
+        """Send results back; waits for nobody.
+
+        ``expert_output`` may be reused at once, unless it is the round's ``expert_output()``, which is sent
+        from where it is.
 
         Args:
             expert_output: ``config.combine_dtype``. per_token: ``[M, H]``, weighted and summed over this
@@ -224,7 +262,7 @@ class AllToAll:
                 "expert_output [M, H] is summed over experts, so combine cannot weight it any more; apply "
                 "the weights in the experts, or pass [M, K, H]"
             )
-        expert_output = _checked("expert_output", expert_output, shape, (config.combine_dtype,))
+        expert_output = checked("expert_output", expert_output, shape, (config.combine_dtype,))
         applied = summed if weights_applied is None else weights_applied
         self._call(
             lambda device: device.combine_send(handle.channel, expert_output.data_ptr(), per_slot, applied)
@@ -247,7 +285,7 @@ class AllToAll:
         shape = (handle.tokens, self.config.hidden_size)
         if out is None:
             out = torch.empty(shape, dtype=self.config.combine_dtype)
-        elif _checked("out", out, shape, (self.config.combine_dtype,)) is not out:
+        elif checked("out", out, shape, (self.config.combine_dtype,)) is not out:
             raise ConfigurationError(
                 "out must be contiguous, since it is written in place; pass out.contiguous()"
             )
@@ -309,6 +347,7 @@ class AllToAll:
             self._connection.drain(self._settings.timeout_s)
             _wait_for_all(self._bootstrap, "closed", self._settings.timeout_s)
         self._device = None
+        self._activations, self._results = [], []
         self._connection.close()
         self._connection = None
 
@@ -332,6 +371,7 @@ class AllToAll:
         return self._connection, self._device
 
     def _check_channel(self, channel: int) -> None:
+        self._alive()
         if not 0 <= channel < self.config.channels:
             raise ConfigurationError(
                 f"channel {channel} does not exist; use 0 to {self.config.channels - 1}, or set "
@@ -399,23 +439,3 @@ def _wait_for_all(bootstrap: Bootstrap, event: str, timeout_s: float) -> None:
     except EfaEpError:
         # The process that hosts the bootstrap has left already, so it passed this point.
         return
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _checked(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
-) -> torch.Tensor:
-    """Return the tensor, contiguous, or raise ``ConfigurationError`` if shape, dtype or device are wrong."""
-    if tensor.device.type != "cpu":
-        raise ConfigurationError(
-            f"{name} is on {tensor.device}, but this instance runs on cpu; move it with .cpu()"
-        )
-    if tensor.dtype not in dtypes:
-        accepted = " or ".join(map(str, dtypes))
-        raise ConfigurationError(f"{name} has dtype {tensor.dtype}; convert it to {accepted}")
-    if tuple(tensor.shape) != shape:
-        raise ConfigurationError(f"{name} has shape {list(tensor.shape)}; pass {list(shape)}")
-    return tensor.contiguous()

@@ -1,14 +1,13 @@
 """The received rows of a round, and the buffers they lie in."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from vllm_efa_ep.all_to_all_config import AllToAllConfig
 
 
-@dataclass(frozen=True)
-class Dispatched:
+class Dispatched(NamedTuple):
     """Rows for this rank's experts, in (source rank, token) order.
 
     The tensors are views of the channel's buffers: valid until the next ``dispatch_recv`` on the channel.
@@ -39,20 +38,24 @@ class OutputBuffers:
         self._capacity = capacity
         self._tokens_per_expert = torch.zeros(local_experts, dtype=torch.int32)
         self.rows = 0  # of the round in flight
-        self._room = 0
-        per_expert = config.layout == "per_expert"
-        shape = (local_experts, capacity) if per_expert else (0,)
-        self._whole = self._allocate(shape, with_routing=not per_expert)
+        if config.layout == "per_expert":
+            self.room = capacity
+            self._allocate((local_experts, capacity), with_routing=False)
+        else:
+            self.room = 0
+            self._allocate((0,), with_routing=True)
+
+    def grow(self, rows: int) -> None:
+        """Make room for ``rows`` rows, at least."""
+        self.room = min(self._capacity, max(rows, 2 * self.room))
+        self._allocate((self.room,), with_routing=True)
 
     def views(self, rows: int) -> Dispatched:
-        """Return buffers for ``rows`` rows."""
+        """Return the first ``rows`` rows."""
         self.rows = rows
-        if self._config.layout == "per_expert":
-            return self._whole
-        if rows > self._room:
-            self._room = min(self._capacity, max(rows, 2 * self._room))
-            self._whole = self._allocate((self._room,), with_routing=True)
         whole = self._whole
+        if self._config.layout == "per_expert":
+            return whole
         return Dispatched(
             whole.x[:rows],
             None if whole.scales is None else whole.scales[:rows],
@@ -61,9 +64,9 @@ class OutputBuffers:
             self._tokens_per_expert,
         )
 
-    def _allocate(self, shape: tuple[int, ...], with_routing: bool) -> Dispatched:
+    def _allocate(self, shape: tuple[int, ...], with_routing: bool) -> None:
         config = self._config
-        return Dispatched(
+        self._whole = whole = Dispatched(
             torch.empty((*shape, config.columns), dtype=config.dtype),
             torch.empty((*shape, config.scale_columns), dtype=torch.float32)
             if config.scale_columns
@@ -72,3 +75,5 @@ class OutputBuffers:
             torch.empty((*shape, config.top_k), dtype=torch.float32) if with_routing else None,
             self._tokens_per_expert,
         )
+        tensors = (whole.x, whole.scales, whole.topk_ids, whole.topk_weights, whole.tokens_per_expert)
+        self.addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

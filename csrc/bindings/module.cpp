@@ -1,6 +1,7 @@
 // The Python module vllm_efa_ep._core: thin, and free of torch. Tensors arrive as addresses; the package
 // checks shapes and dtypes before it passes one. Calls that wait or copy release the interpreter lock.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -134,6 +135,9 @@ void bind_protocol(nb::module_& m) {
       .def_prop_ro("dispatch_row_bytes", &Layout::dispatch_row)
       .def_prop_ro("combine_row_bytes", &Layout::combine_row)
       .def_ro("channels", &Layout::channels)
+      .def_prop_ro("result_rows", &Layout::result_rows)
+      .def("results_offset", &Layout::results, "channel"_a)
+      .def("activations_offset", &Layout::activations, "channel"_a)
       .def("sections", [](const Layout& layout) -> Counters {
         nb::dict result;
         for (uint32_t s = 0; s < kSections; ++s) {
@@ -150,6 +154,18 @@ void bind_memory(nb::module_& m) {
       .def_static("allocated_bytes", &Arena::allocated_bytes, "bytes"_a)
       .def_prop_ro("bytes", &Arena::bytes)
       .def_prop_ro("descriptor", &Arena::descriptor)
+      .def(
+          "view",
+          [](const nb::object& self, size_t offset, size_t bytes) {
+            const Arena& arena = nb::cast<const Arena&>(self);
+            if (offset > arena.bytes() || bytes > arena.bytes() - offset) {
+              throw ConfigurationError("bytes " + std::to_string(offset) + " to " +
+                                       std::to_string(offset + bytes) + " are outside of an arena of " +
+                                       std::to_string(arena.bytes()));
+            }
+            return nb::ndarray<uint8_t, nb::ndim<1>, nb::device::cpu>(arena.data() + offset, {bytes}, self);
+          },
+          "offset"_a, "bytes"_a, "Bytes of the region, as an array that keeps it mapped.")
       .def_prop_ro("huge_pages", &Arena::huge_pages);
 }
 
@@ -222,6 +238,15 @@ void check_signals(const std::function<std::string()>& describe) {
   nb::raise_python_error();
 }
 
+DispatchOutput dispatch_output(uintptr_t x, uintptr_t scales, uintptr_t ids, uintptr_t weights,
+                               uintptr_t tokens_per_expert) {
+  return {.x = pointer<std::byte>(x),
+          .scales = pointer<std::byte>(scales),
+          .ids = pointer<int32_t>(ids),
+          .weights = pointer<float>(weights),
+          .tokens_per_expert = pointer<int32_t>(tokens_per_expert)};
+}
+
 void bind_device(nb::module_& m) {
   nb::enum_<ScalarType>(m, "ScalarType")
       .value("bfloat16", ScalarType::kBfloat16)
@@ -248,26 +273,35 @@ void bind_device(nb::module_& m) {
           "timeout_s"_a, "arenas"_a, "proxy"_a.none(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
       .def(
           "dispatch_send",
-          [](CpuDevice& device, uint32_t channel, uintptr_t x, uintptr_t scales, uintptr_t ids,
-             bool ids_are_64_bit, uintptr_t weights, uint32_t tokens) {
+          [](CpuDevice& device, uint32_t channel, uintptr_t x, size_t x_stride, uintptr_t scales,
+             uintptr_t ids, bool ids_are_64_bit, uintptr_t weights, uint32_t tokens) {
             device.dispatch_send(channel, {.x = pointer<const std::byte>(x),
+                                           .x_stride = x_stride,
                                            .scales = pointer<const std::byte>(scales),
                                            .ids = pointer<const void>(ids),
                                            .ids_are_64_bit = ids_are_64_bit,
                                            .weights = pointer<const float>(weights),
                                            .tokens = tokens});
           },
-          "channel"_a, "x"_a, "scales"_a, "ids"_a, "ids_are_64_bit"_a, "weights"_a, "tokens"_a, ReleaseLock())
-      .def("dispatch_wait", &CpuDevice::dispatch_wait, "channel"_a, ReleaseLock())
+          "channel"_a, "x"_a, "x_stride"_a, "scales"_a, "ids"_a, "ids_are_64_bit"_a, "weights"_a, "tokens"_a,
+          ReleaseLock())
+      .def(
+          "dispatch_recv",
+          [](CpuDevice& device, uint32_t channel, uint32_t room, uintptr_t x, uintptr_t scales, uintptr_t ids,
+             uintptr_t weights, uintptr_t tokens_per_expert) {
+            const uint32_t rows = device.dispatch_wait(channel);
+            if (rows <= room) {
+              device.dispatch_pack(channel, dispatch_output(x, scales, ids, weights, tokens_per_expert));
+            }
+            return rows;
+          },
+          "channel"_a, "room"_a, "x"_a, "scales"_a, "ids"_a, "weights"_a, "tokens_per_expert"_a,
+          ReleaseLock(), "Returns the number of rows. More than `room` are left for dispatch_pack().")
       .def(
           "dispatch_pack",
           [](CpuDevice& device, uint32_t channel, uintptr_t x, uintptr_t scales, uintptr_t ids,
              uintptr_t weights, uintptr_t tokens_per_expert) {
-            device.dispatch_pack(channel, {.x = pointer<std::byte>(x),
-                                           .scales = pointer<std::byte>(scales),
-                                           .ids = pointer<int32_t>(ids),
-                                           .weights = pointer<float>(weights),
-                                           .tokens_per_expert = pointer<int32_t>(tokens_per_expert)});
+            device.dispatch_pack(channel, dispatch_output(x, scales, ids, weights, tokens_per_expert));
           },
           "channel"_a, "x"_a, "scales"_a, "ids"_a, "weights"_a, "tokens_per_expert"_a, ReleaseLock())
       .def(
@@ -293,6 +327,8 @@ void bind_device(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  // A tensor that lives to the end of the process keeps its arena, rightly.
+  nb::set_leak_warnings(false);
   m.doc() = "The compiled half of vllm_efa_ep; use vllm_efa_ep.AllToAll.";
   nb::register_exception_translator(translate);
   bind_protocol(m);

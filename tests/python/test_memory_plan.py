@@ -65,7 +65,7 @@ def test_the_sections_follow_the_formulas(
     scale_columns: int,
     channels: int,
 ) -> None:
-    """Slots and staging hold a row per token and other node, regions one per token and other rail's rank."""
+    """Slots hold a row per token and other node, dispatch staging one per node, results one per rank."""
     config = AllToAllConfig(
         hidden,
         1,
@@ -84,13 +84,13 @@ def test_the_sections_follow_the_formulas(
     expected = {
         "arrivals": 2 * nodes * 64,
         "completions": 2 * 64,
-        "region_flags": blocks * 64,
-        "partial_flags": blocks * 64,
-        "dispatch_staging": remote * dispatch_row,
+        "dispatch_flags": blocks * 64,
+        "result_flags": blocks * 64,
+        "row_lists": nodes * ranks_per_node * max_tokens * 4,
+        "dispatch_staging": nodes * max_tokens * dispatch_row,
         "dispatch_slots": remote * dispatch_row,
-        "regions": blocks * max_tokens * dispatch_row,
-        "partials": blocks * max_tokens * combine_row,
-        "combine_staging": remote * combine_row,
+        "results": nodes * ranks_per_node * max_tokens * combine_row,
+        "combine_staging": remote * combine_row if ranks_per_node > 1 else 0,
         "combine_slots": remote * combine_row,
     }
     pages = {name: -(-size // 4096) * 4096 for name, size in expected.items()}

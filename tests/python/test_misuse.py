@@ -218,8 +218,8 @@ def test_foreign_handles_are_refused() -> None:
         handle = good.send()
         for wrong, words in (
             (old, [f"of round {old.round}", f"in round {handle.round}", "drop it"]),
-            (replace(handle, channel=1), ["channel 1", "use 0 to 0"]),
-            (replace(handle, channel=-1), ["channel -1", "use 0 to 0"]),
+            (handle._replace(channel=1), ["channel 1", "use 0 to 0"]),
+            (handle._replace(channel=-1), ["channel -1", "use 0 to 0"]),
         ):
             _check_refused(all_to_all, lambda w=wrong: all_to_all.dispatch_recv(w), words)
             _check_refused(all_to_all, lambda w=wrong: all_to_all.combine_send(_ones(8, 64), w), words)

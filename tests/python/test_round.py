@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracle import Batch, check_combined, check_dispatched, compute_experts
 from thread_world import run_world, settings_of
 
-from vllm_efa_ep import AllToAll, AllToAllConfig
+from vllm_efa_ep import AllToAll, AllToAllConfig, Handle
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.placement import round_robin_placement
 
@@ -30,6 +30,7 @@ class Scene:
     exact: bool
     per_slot: bool
     weighted: bool  # the experts apply the weights
+    in_place: bool = False  # activations, and [M, H] results, are produced in shared memory
 
     @property
     def size(self) -> int:
@@ -112,6 +113,7 @@ def scenes(draw: st.DrawFn) -> Scene:
         exact=draw(st.booleans()),
         per_slot=draw(st.booleans()),
         weighted=draw(st.booleans()),
+        in_place=draw(st.booleans()),
     )
 
 
@@ -125,20 +127,23 @@ def play(scene: Scene, world_settings: Settings, check: bool = True) -> list[lis
     # [M, H] is always weighted by the experts; rows of the per_expert layout carry no weights to apply.
     weighted_by_experts = scene.weighted or not per_slot
 
+    def send(all_to_all: AllToAll, own: Batch, channel: int) -> Handle:
+        x = all_to_all.activations(channel)[: len(own.x)].copy_(own.x) if scene.in_place else own.x
+        return all_to_all.dispatch_send(x, own.topk_ids, own.topk_weights, own.scales, channel)
+
     def body(all_to_all: AllToAll) -> list[torch.Tensor]:
         results = []
         rank = all_to_all.rank
         for round_number in range(scene.rounds):
             inputs = [scene.batches(round_number, channel) for channel in range(config.channels)]
-            handles = [
-                all_to_all.dispatch_send(own.x, own.topk_ids, own.topk_weights, own.scales, channel)
-                for channel, own in enumerate(batches[rank] for batches in inputs)
-            ]
+            handles = [send(all_to_all, batches[rank], channel) for channel, batches in enumerate(inputs)]
             for batches, handle in zip(inputs, handles, strict=True):
                 got = all_to_all.dispatch_recv(handle)
                 if check:
                     check_dispatched(config, batches, all_to_all.local_experts, got)
                 output = compute_experts(config, all_to_all.local_experts, got, per_slot, weighted_by_experts)
+                if scene.in_place and not per_slot:
+                    output = all_to_all.expert_output(handle).copy_(output)
                 all_to_all.combine_send(output, handle, weighted_by_experts)
             for batches, handle in zip(inputs, handles, strict=True):
                 result = all_to_all.combine_recv(handle)
@@ -175,6 +180,20 @@ def test_the_network_does_not_change_a_bit(scene: Scene, chunk_bytes: int, nics:
         for expected, got in zip(reference, play(inexact, changed, check=False), strict=True):
             for one, other in zip(expected, got, strict=True):
                 assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@settings(max_examples=12)
+@given(scene=scenes())
+def test_producing_in_place_does_not_change_a_bit(scene: Scene) -> None:
+    """Shared memory or ordinary tensors: the results are the same."""
+    inexact = replace(scene, exact=False)
+    results = [
+        play(replace(inexact, in_place=in_place), settings_of(scene.ranks_per_node, chunk_bytes=1000), False)
+        for in_place in (False, True)
+    ]
+    for expected, got in zip(*results, strict=True):
+        for one, other in zip(expected, got, strict=True):
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 @pytest.mark.parametrize(("nodes", "ranks_per_node"), [(4, 4), (12, 1), (1, 12), (5, 3)])

@@ -1,0 +1,27 @@
+"""Checks of tensors that a caller passes. Every half makes some, so the good case comes first."""
+
+import torch
+
+from vllm_efa_ep.errors import ConfigurationError
+
+
+def checked(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> torch.Tensor:
+    """Return the tensor, contiguous, if ``check`` has nothing to say."""
+    check(name, tensor, shape, dtypes)
+    return tensor.contiguous()
+
+
+def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise ``ConfigurationError``, with the remedy, if shape, dtype or device are wrong."""
+    if tensor.is_cpu and tensor.dtype in dtypes and tensor.shape == shape:
+        return
+    if tensor.device.type != "cpu":
+        raise ConfigurationError(
+            f"{name} is on {tensor.device}, but this instance runs on cpu; move it with .cpu()"
+        )
+    if tensor.dtype not in dtypes:
+        accepted = " or ".join(map(str, dtypes))
+        raise ConfigurationError(f"{name} has dtype {tensor.dtype}; convert it to {accepted}")
+    raise ConfigurationError(f"{name} has shape {list(tensor.shape)}; pass {list(shape)}")
