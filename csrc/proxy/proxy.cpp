@@ -237,7 +237,7 @@ WriteRequest Proxy::request_of(uint32_t node, const Command& command) const {
   const uint64_t row = layout.row_bytes(immediate.operation);
   WriteRequest request;
   request.peer = layout.topology.rail_peer(options_.rank, node);
-  request.rail = rail_of(node_, node, immediate.chunk(), rails_);
+  request.rail = rail_of(node_, node, layout.topology.nodes(), immediate.chunk(), rails_);
   request.local_offset =
       layout.staging(immediate.channel, immediate.operation, node_, node) + command.first_row * row;
   request.remote_offset =

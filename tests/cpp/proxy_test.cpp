@@ -22,7 +22,7 @@ TEST_F(ProxyTest, SendsEveryChunkOnceToItsPlaceOverItsRail) {
   std::vector<uint64_t> chunks(4, 0);
   network_->set_rule([&](uint32_t, const WriteRequest& request) {
     const Immediate immediate = Immediate::decode(request.immediate);
-    EXPECT_EQ(request.rail, (0 + request.peer + immediate.chunk()) % 3);
+    EXPECT_EQ(request.rail, (request.peer - 1 + immediate.chunk()) % 3);
     ++chunks[request.peer];
     return LoopbackNetwork::Fault::kNone;
   });
