@@ -25,7 +25,13 @@ from vllm_efa_ep.config import Settings
 from vllm_efa_ep.connection import Connection, connect
 from vllm_efa_ep.diagnosis import explain
 from vllm_efa_ep.dispatched import Dispatched, OutputBuffers
-from vllm_efa_ep.errors import ConfigurationError, EfaEpError, RankTimeoutError, TransportError
+from vllm_efa_ep.errors import (
+    ConfigurationError,
+    EfaEpError,
+    RankLostError,
+    RankTimeoutError,
+    TransportError,
+)
 from vllm_efa_ep.memory_plan import MemoryPlan
 from vllm_efa_ep.placement import experts_of
 from vllm_efa_ep.stats import Stats
@@ -98,6 +104,7 @@ class AllToAll:
             timeout_s=timeout_s,
             arenas=self._connection.arenas,
             proxy=self._connection.proxy,
+            check_wait=self._connection.watch.check,
         )
         self._rounds = [0] * config.channels
         self._buffers = [
@@ -176,6 +183,7 @@ class AllToAll:
         """Wait for all rows for this rank's experts.
 
         Raises:
+            RankLostError: A rank is gone; the message names it.
             RankTimeoutError: Ranks did not send in time; the message names them.
             TransportError: The network failed.
 
@@ -239,6 +247,7 @@ class AllToAll:
                 experts get zeros.
 
         Raises:
+            RankLostError: A rank is gone; the message names it.
             RankTimeoutError: Ranks did not send in time; the message names them.
             TransportError: The network failed.
 
@@ -308,6 +317,7 @@ class AllToAll:
         if self._failure is None:
             self._connection.drain(self._settings.timeout_s)
             _wait_for_all(self._bootstrap, "closed", self._settings.timeout_s)
+            self._connection.watch.leave()
         self._device = None
         self._connection.close()
         self._connection = None
@@ -354,8 +364,12 @@ class AllToAll:
         except ConfigurationError as refusal:
             failure: EfaEpError = refusal
         except EfaEpError as error:
-            reason = explain(self._bootstrap, error, self._settings.timeout_s * _DIAGNOSIS_SHARE)
+            watch = self._alive()[0].watch
+            grace_s = self._settings.timeout_s * _DIAGNOSIS_SHARE
+            reason = explain(self._bootstrap, error, grace_s, watch.verdict)
             failure = self._failure = _with_reason(error, reason) if reason else error
+            if isinstance(error, RankLostError | RankTimeoutError | TransportError):
+                watch.leave()  # the others find the culprit themselves; this rank is not it
         except BaseException as interrupt:  # Ctrl-C or another signal's: the round stays unfinished
             notes = "; ".join(getattr(interrupt, "__notes__", ()))
             self._failure = EfaEpError(f"interrupted by {type(interrupt).__name__}: {notes}")

@@ -81,9 +81,10 @@ bool Proxy::help() {
   }
 }
 
-void Proxy::drain(std::chrono::nanoseconds timeout) {
+void Proxy::drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_interrupt) {
   const Waiting waiting(this);
-  const auto deadline = Clock::now() + timeout;
+  const auto start = Clock::now();
+  auto last_interrupt_check = start;
   while (true) {
     if (help()) continue;
     throw_if_failed();
@@ -91,11 +92,19 @@ void Proxy::drain(std::chrono::nanoseconds timeout) {
     const bool ring_empty = ring_.empty();
     const std::vector<uint32_t> nodes = unfinished_destinations();
     if (ring_empty && nodes.empty()) return;
-    if (Clock::now() > deadline) {
-      std::vector<uint32_t> ranks;
-      for (const uint32_t node : nodes)
-        ranks.push_back(options_.layout.topology.rail_peer(options_.rank, node));
-      throw RankTimeoutError("writes were not complete before the deadline", "close", 0, ranks);
+    std::vector<uint32_t> ranks;
+    for (const uint32_t node : nodes)
+      ranks.push_back(options_.layout.topology.rail_peer(options_.rank, node));
+    const auto now = Clock::now();
+    const auto describe = [&] {
+      const double seconds = std::chrono::duration<double>(now - start).count();
+      return "close on rank " + std::to_string(options_.rank) + " waited " + std::to_string(seconds) +
+             " s for the completion of writes to " + rank_names(ranks);
+    };
+    if (now - start > timeout) throw RankTimeoutError(describe(), "close", 0, ranks);
+    if (check_interrupt && now - last_interrupt_check > kInterruptCheckTime) {
+      last_interrupt_check = now;
+      check_interrupt({"close", 0, describe});
     }
     sched_yield();
   }

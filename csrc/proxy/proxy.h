@@ -16,6 +16,7 @@
 #include "fabric/fabric.h"
 #include "protocol/layout.h"
 #include "proxy/command_ring.h"
+#include "proxy/wait.h"
 
 namespace efa_ep {
 
@@ -77,8 +78,8 @@ class Proxy {
   }
 
   /// Waits until every submitted write is complete. Throws RankTimeoutError naming the ranks that keep it
-  /// waiting.
-  void drain(std::chrono::nanoseconds timeout);
+  /// waiting, or what `check_interrupt` throws.
+  void drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_interrupt = nullptr);
 
   /// Nodes to which submitted writes are not complete yet.
   std::vector<uint32_t> unfinished_destinations();

@@ -311,6 +311,21 @@ TEST_F(ProxyTest, DrainNamesTheRanksThatKeepItWaiting) {
   }
 }
 
+TEST_F(ProxyTest, DrainEndsWithTheCallersOwnError) {
+  struct Interrupted {
+    std::string wait;
+  };
+  start(2);
+  network_->hold_completions(true);
+  submit(1, {0, kDispatch, 1, 1});
+  try {
+    proxy_->drain(kForever, [](const Wait& wait) { throw Interrupted{wait.describe()}; });
+    FAIL();
+  } catch (const Interrupted& interrupted) {
+    EXPECT_NE(interrupted.wait.find("writes to rank 1"), std::string::npos) << interrupted.wait;
+  }
+}
+
 TEST_F(ProxyTest, StopsWithWorkInFlight) {
   for (uint32_t i = 0; i < 50; ++i) {
     start(2, i % 2 == 0);
