@@ -10,6 +10,7 @@ halves return at once, so the caller can compute between the halves while data f
     out = a2a.combine_recv(handle)
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,6 +37,8 @@ from vllm_efa_ep.memory_plan import MemoryPlan
 from vllm_efa_ep.placement import experts_of
 from vllm_efa_ep.stats import Stats
 from vllm_efa_ep.world import join_world
+
+logger = logging.getLogger(__name__)
 
 # Part of the deadline kept for finding out which rank is at fault.
 _DIAGNOSIS_SHARE = 0.1
@@ -311,13 +314,21 @@ class AllToAll:
         )
 
     def close(self) -> None:
-        """Collective, unless a failure came first: finish own writes, wait for the others, free all."""
+        """Collective, unless a failure came first: finish own writes, wait for the others, free all.
+
+        A rank that is gone or silent is no error any more, since every round that returned is complete: it is
+        logged as a warning.
+        """
         if self._connection is None:
             return
         if self._failure is None:
-            self._connection.drain(self._settings.timeout_s)
-            _wait_for_all(self._bootstrap, "closed", self._settings.timeout_s)
-            self._connection.watch.leave()
+            timeout_s, watch = self._settings.timeout_s, self._connection.watch
+            try:
+                self._connection.drain(timeout_s)
+                _wait_for_all(self._bootstrap, timeout_s, watch.check)
+            except (RankLostError, RankTimeoutError, TransportError) as error:
+                logger.warning("EFA EP: closed without the others: %s", watch.verdict() or error)
+            watch.leave()
         self._device = None
         self._connection.close()
         self._connection = None
@@ -402,17 +413,25 @@ def _with_reason(error: EfaEpError, reason: str) -> EfaEpError:
     return error
 
 
-def _wait_for_all(bootstrap: Bootstrap, event: str, timeout_s: float) -> None:
-    """Wait until every rank has come here, so that nobody takes its memory away while others still write."""
-    deadline = time.monotonic() + timeout_s
+def _wait_for_all(bootstrap: Bootstrap, timeout_s: float, check: Callable[[str, int, str], None]) -> None:
+    """Wait until every rank closes, so that nobody takes its memory away while others still write."""
+    start = time.monotonic()
+    who = f"close on rank {bootstrap.rank}"
     try:
-        bootstrap.publish(f"{event}/{bootstrap.rank}", "1")
+        bootstrap.publish(f"closed/{bootstrap.rank}", "1")
         for rank in range(bootstrap.world_size):
-            while bootstrap.lookup(f"{event}/{rank}") is None and time.monotonic() < deadline:
+            while bootstrap.lookup(f"closed/{rank}") is None:
+                waited = time.monotonic() - start
+                wait = f"{who} waited {waited:f} s for rank {rank}"
+                check("close", 0, wait)
+                if waited > timeout_s:
+                    raise RankTimeoutError(wait, "close", 0, (rank,))
                 time.sleep(0.001)
+    except (RankLostError, RankTimeoutError):
+        raise
     except EfaEpError:
-        # The process that hosts the bootstrap has left already, so it passed this point.
-        return
+        # The process that hosts the bootstrap has left already, so it passed this point, or it is gone.
+        check("close", 0, f"{who} waited for all ranks")
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
