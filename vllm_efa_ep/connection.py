@@ -56,7 +56,7 @@ class Connection:
     def counters(self) -> dict[str, int]:
         """Return the proxy's totals."""
         if self.proxy is None:
-            names = ("writes", "bytes_written", "completions", "immediates", "retries", "window_waits")
+            names = ("writes", "bytes_written", "completions", "immediates", "retries")
             return dict.fromkeys(names, 0)
         return self.proxy.counters()
 

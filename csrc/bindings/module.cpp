@@ -80,7 +80,6 @@ Counters counters_of(const Proxy& proxy) {
   result["completions"] = counters.completions;
   result["immediates"] = counters.immediates;
   result["retries"] = counters.retries;
-  result["window_waits"] = counters.waits;
   return result;
 }
 
