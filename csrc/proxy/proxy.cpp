@@ -227,6 +227,11 @@ bool Proxy::post_from(uint32_t node, Destination& destination) {
     const WriteRequest request = request_of(node, destination.queue[destination.next]);
     if (fabric_.post_write(request) == PostResult::kAgain) {
       add(counters_.retries, 1);
+      if (outstanding_ > destination.outstanding) {
+        // The queue may be full of writes to others, for which this destination must not be blamed.
+        destination.refused_since.reset();
+        break;
+      }
       const auto now = Clock::now();
       if (!destination.refused_since) destination.refused_since = now;
       if (now - *destination.refused_since > options_.timeout) {
@@ -240,6 +245,7 @@ bool Proxy::post_from(uint32_t node, Destination& destination) {
     posted = true;
     destination.refused_since.reset();
     ++destination.outstanding;
+    ++outstanding_;
     ++destination.next;
     --queued_;
     add(counters_.writes, 1);
@@ -271,6 +277,7 @@ WriteRequest Proxy::request_of(uint32_t node, const Command& command) const {
 
 void Proxy::on_write_done(uint64_t context) {
   --destinations_[context_node(context)].outstanding;
+  --outstanding_;
   add(counters_.completions, 1);
   const auto completed =
       word(options_.layout.completion(context_channel(context), context_operation(context)));

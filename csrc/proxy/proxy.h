@@ -139,6 +139,7 @@ class Proxy {
   std::mutex work_;  // held by whoever does the proxy's work
   std::vector<Destination> destinations_;
   size_t queued_ = 0;
+  uint32_t outstanding_ = 0;  // of all destinations
   std::vector<Pair> pairs_;
   std::vector<Completion> completions_;
   AtomicCounters counters_;

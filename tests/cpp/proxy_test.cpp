@@ -139,6 +139,26 @@ TEST_F(ProxyTest, ADestinationThatRefusesTooLongIsATransportError) {
   }
 }
 
+// Rank 1 never completes the one write that the queue has room for.
+TEST_F(ProxyTest, ADestinationThatOthersCrowdOutIsNotBlamed) {
+  proxy_options_.timeout = std::chrono::milliseconds(1);
+  network_options_.rails = 1;
+  network_options_.send_queue_depth = 1;
+  start(3);
+  network_->set_rule([](uint32_t, const WriteRequest& request) {
+    return request.peer == 1 ? LoopbackNetwork::Fault::kNeverComplete : LoopbackNetwork::Fault::kNone;
+  });
+  submit(1, {0, kDispatch, 1, 1});
+  submit(2, {0, kDispatch, 1, 1});
+  proxy_->help();
+  const auto refused_at = std::chrono::steady_clock::now();
+  help_until([&] { return std::chrono::steady_clock::now() > refused_at + 2 * proxy_options_.timeout; });
+  proxy_->help();
+  EXPECT_NO_THROW(proxy_->throw_if_failed());
+  EXPECT_GT(proxy_->counters().retries, 1u);
+  EXPECT_EQ(proxy_->unfinished_destinations(), (std::vector<uint32_t>{1, 2}));
+}
+
 TEST_F(ProxyTest, TheDeadlineCountsFromTheLastAcceptedWrite) {
   proxy_options_.timeout = std::chrono::milliseconds(1);
   start(2);
