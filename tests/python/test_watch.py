@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 
 import pytest
-from thread_world import DEADLINE_S, ThreadBootstrap, outcomes_of_ranks, run_ranks
+import torch
+from process_world import ProcessWorld, Rank
+from thread_world import DEADLINE_S, ThreadBootstrap, outcomes_of_ranks, run_ranks, settings_of
 
-from vllm_efa_ep import watch
+from vllm_efa_ep import AllToAll, AllToAllConfig, watch
 from vllm_efa_ep import world as world_module
 from vllm_efa_ep.bootstrap.torch import address_towards
 from vllm_efa_ep.errors import ConfigurationError, RankLostError
@@ -157,6 +159,34 @@ def test_a_child_process_does_not_hide_the_end_of_its_parent() -> None:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     watches[0].close()
+
+
+def _on_a_host_of_its_own(rank: Rank) -> tuple[str, str]:
+    world_module.host_identity = lambda: f"host {rank.bootstrap.rank}"  # type: ignore[assignment]
+    config = AllToAllConfig(16, 3, 1, 1)
+    all_to_all = AllToAll(config, rank.bootstrap, settings_of(timeout_s=100 * DEADLINE_S))
+    rank.tell("ready")
+    if all_to_all.rank == 2:
+        threading.Event().wait()
+    ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+    with pytest.raises(RankLostError) as caught:
+        all_to_all.dispatch(torch.ones(1, 16).bfloat16(), ids, weights)
+    all_to_all.close()
+    return rank.bootstrap.address, str(caught.value)
+
+
+def test_hosts_meet_at_the_address_that_leads_to_the_store() -> None:
+    """Rank 2 is killed; the others hear of it over the connections between hosts."""
+    with ProcessWorld(3, _on_a_host_of_its_own) as world:
+        for rank in range(3):
+            world.hear(rank, "ready")
+        world.signal(2, signal.SIGKILL)
+        for rank in range(2):
+            ended = world.ended(rank)
+            assert ended.error is None, ended.message
+            address, message = ended.value
+            assert address == "127.0.0.1"
+            assert message.endswith("but rank 2 is gone: its process has ended or failed")
 
 
 def test_the_end_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
