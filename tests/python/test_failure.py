@@ -178,8 +178,8 @@ def _check_others(world: ProcessWorld, ranks_per_node: int, case: Case) -> None:
         if found["error"] == "RankLostError":
             assert found["lost"] == case.victim
             assert found["half"] in _HALVES
-            # What a dead rank had sent lets the others go on to the next round.
-            assert found["round"] in (case.round, case.round + 1)
+            # What a dead rank had sent lets others go on to the next round; a late one may still be in the last.
+            assert abs(found["round"] - case.round) <= 1
             assert f"{found['half']} of round {found['round']} on rank {rank} waited" in found["message"]
         assert f"rank {case.victim}" in found["message"], f"rank {rank}: {found}"
         # Also without the explanation, which a dead store cannot give.
