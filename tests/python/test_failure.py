@@ -178,7 +178,7 @@ def _check_others(world: ProcessWorld, ranks_per_node: int, case: Case) -> None:
         if found["error"] == "RankLostError":
             assert found["lost"] == case.victim
             assert found["half"] in _HALVES
-            # What a dead rank had sent lets others go on to the next round; a late one may still be in the last.
+            # What a dead rank had sent lets others go on to the next round; a late one may be one behind.
             assert abs(found["round"] - case.round) <= 1
             assert f"{found['half']} of round {found['round']} on rank {rank} waited" in found["message"]
         assert f"rank {case.victim}" in found["message"], f"rank {rank}: {found}"
