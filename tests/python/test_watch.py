@@ -154,10 +154,12 @@ def test_a_child_process_does_not_hide_the_end_of_its_parent() -> None:
     child = os.fork()
     if child == 0:
         signal.pause()
-    watches[1].close()
-    _until(lambda: watches[0].lost == 1)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        watches[1].close()
+        _until(lambda: watches[0].lost == 1)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     watches[0].close()
 
 
