@@ -89,8 +89,9 @@ class Watch:
 
     def close(self) -> None:
         """End the connections; safe to repeat."""
-        self._wake.close()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._wake.send(b"\0")
+            self._thread.join()
         self.forget()
 
     def forget(self) -> None:
