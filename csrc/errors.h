@@ -35,6 +35,13 @@ class TransportError : public Error {
   int64_t peer;
 };
 
+/// "rank 3", "ranks 1, 2"
+inline std::string rank_names(const std::vector<uint32_t>& ranks) {
+  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
+  for (size_t i = 0; i < ranks.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(ranks[i]);
+  return text;
+}
+
 /// Other ranks did not answer before the deadline.
 class RankTimeoutError : public Error {
  public:

@@ -10,7 +10,7 @@ halves return at once, so the caller can compute between the halves while data f
     out = a2a.combine_recv(handle)
 """
 
-import time
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from types import TracebackType
@@ -23,15 +23,24 @@ from vllm_efa_ep.all_to_all_config import COMBINE_TYPES, AllToAllConfig
 from vllm_efa_ep.arena_views import activations, results
 from vllm_efa_ep.argument_checks import check, checked
 from vllm_efa_ep.bootstrap import Bootstrap
+from vllm_efa_ep.closing import wait_for_all
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.connection import Connection, connect
 from vllm_efa_ep.diagnosis import explain
 from vllm_efa_ep.dispatched import Dispatched, OutputBuffers
-from vllm_efa_ep.errors import ConfigurationError, EfaEpError, RankTimeoutError, TransportError
+from vllm_efa_ep.errors import (
+    ConfigurationError,
+    EfaEpError,
+    RankLostError,
+    RankTimeoutError,
+    TransportError,
+)
 from vllm_efa_ep.memory_plan import MemoryPlan
 from vllm_efa_ep.placement import experts_of
 from vllm_efa_ep.stats import Stats
 from vllm_efa_ep.world import join_world
+
+logger = logging.getLogger(__name__)
 
 # Part of the deadline kept for finding out which rank is at fault.
 _DIAGNOSIS_SHARE = 0.1
@@ -99,6 +108,7 @@ class AllToAll:
             timeout_s=timeout_s,
             arenas=self._connection.arenas,
             proxy=self._connection.proxy,
+            check_wait=self._connection.watch.check,
         )
         self._rounds = [0] * config.channels
         arena = self._connection.arena
@@ -216,6 +226,7 @@ class AllToAll:
         """Wait for all rows for this rank's experts.
 
         Raises:
+            RankLostError: A rank is gone; the message names it.
             RankTimeoutError: Ranks did not send in time; the message names them.
             TransportError: The network failed.
 
@@ -277,6 +288,7 @@ class AllToAll:
                 experts get zeros.
 
         Raises:
+            RankLostError: A rank is gone; the message names it.
             RankTimeoutError: Ranks did not send in time; the message names them.
             TransportError: The network failed.
 
@@ -340,12 +352,21 @@ class AllToAll:
         )
 
     def close(self) -> None:
-        """Collective, unless a failure came first: finish own writes, wait for the others, free all."""
+        """Collective, unless a failure came first: finish own writes, wait for the others, free all.
+
+        A rank that is gone or silent is no error any more, since every round that returned is complete: it is
+        logged as a warning.
+        """
         if self._connection is None:
             return
         if self._failure is None:
-            self._connection.drain(self._settings.timeout_s)
-            _wait_for_all(self._bootstrap, "closed", self._settings.timeout_s)
+            timeout_s, watch = self._settings.timeout_s, self._connection.watch
+            try:
+                self._connection.drain(timeout_s)
+                wait_for_all(self._bootstrap, timeout_s, watch.check)
+            except (RankLostError, RankTimeoutError, TransportError) as error:
+                logger.warning("EFA EP: closed without the others: %s", watch.verdict() or error)
+            watch.leave()
         self._device = None
         self._activations, self._results = [], []
         self._connection.close()
@@ -394,8 +415,12 @@ class AllToAll:
         except ConfigurationError as refusal:
             failure: EfaEpError = refusal
         except EfaEpError as error:
-            reason = explain(self._bootstrap, error, self._settings.timeout_s * _DIAGNOSIS_SHARE)
+            watch = self._alive()[0].watch
+            grace_s = self._settings.timeout_s * _DIAGNOSIS_SHARE
+            reason = explain(self._bootstrap, error, grace_s, watch.verdict)
             failure = self._failure = _with_reason(error, reason) if reason else error
+            if isinstance(error, RankLostError | RankTimeoutError | TransportError):
+                watch.leave()  # the others find the culprit themselves; this rank is not it
         except BaseException as interrupt:  # Ctrl-C or another signal's: the round stays unfinished
             notes = "; ".join(getattr(interrupt, "__notes__", ()))
             self._failure = EfaEpError(f"interrupted by {type(interrupt).__name__}: {notes}")
@@ -426,16 +451,3 @@ def _with_reason(error: EfaEpError, reason: str) -> EfaEpError:
     if isinstance(error, TransportError):
         return TransportError(message, error.peer)
     return error
-
-
-def _wait_for_all(bootstrap: Bootstrap, event: str, timeout_s: float) -> None:
-    """Wait until every rank has come here, so that nobody takes its memory away while others still write."""
-    deadline = time.monotonic() + timeout_s
-    try:
-        bootstrap.publish(f"{event}/{bootstrap.rank}", "1")
-        for rank in range(bootstrap.world_size):
-            while bootstrap.lookup(f"{event}/{rank}") is None and time.monotonic() < deadline:
-                time.sleep(0.001)
-    except EfaEpError:
-        # The process that hosts the bootstrap has left already, so it passed this point.
-        return

@@ -135,7 +135,8 @@ SETTINGS: tuple[Setting, ...] = (
         "integer",
         256 * 1024,
         "bytes",
-        "Longest write. Rows of one pair are cut into equal chunks of at most this size.",
+        "Longest write. Rows of one pair are cut into equal chunks of at most this size, doubled as often as "
+        "the completion queues need to hold all that can arrive.",
         minimum=1,
         maximum=2**30,
     ),

@@ -1,4 +1,4 @@
-"""What connects one rank to its world: its arena, its node's arenas, and its fabric with a proxy."""
+"""What connects one rank to its world: its arena and its node's, its fabric with a proxy, and its watch."""
 
 import os
 from contextlib import ExitStack, closing
@@ -8,6 +8,7 @@ from vllm_efa_ep import _core
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.descriptors import DescriptorExchange
 from vllm_efa_ep.config import Settings
+from vllm_efa_ep.watch import Watch, start_watch
 from vllm_efa_ep.world import World, agree
 
 
@@ -30,8 +31,10 @@ class Connection:
         index: int,
         fabric: _core.LibfabricFabric | None,
         proxy: _core.Proxy | None,
+        watch: Watch,
     ) -> None:
         """Take over connected parts; ``arenas`` has one entry per rank of the node, ``index`` is the own."""
+        self.watch = watch
         self.arenas = arenas
         self._index = index
         self._fabric = fabric
@@ -53,17 +56,18 @@ class Connection:
     def counters(self) -> dict[str, int]:
         """Return the proxy's totals."""
         if self.proxy is None:
-            names = ("writes", "bytes_written", "completions", "immediates", "retries", "window_waits")
+            names = ("writes", "bytes_written", "completions", "immediates", "retries")
             return dict.fromkeys(names, 0)
         return self.proxy.counters()
 
     def drain(self, timeout_s: float) -> None:
-        """Wait until all own writes are complete."""
+        """Wait until all own writes are complete, or a rank is gone."""
         if self.proxy is not None:
-            self.proxy.drain(timeout_s)
+            self.proxy.drain(timeout_s, self.watch.check)
 
     def close(self) -> None:
-        """Stop the proxy, then the fabric, then unmap."""
+        """Stop watching, then the proxy, then the fabric, then unmap."""
+        self.watch.close()
         self.proxy = None
         self._fabric = None
         self.arenas = []
@@ -72,7 +76,7 @@ class Connection:
 def connect(
     world: World, layout: _core.Layout, bootstrap: Bootstrap, settings: Settings, timeout_s: float
 ) -> Connection:
-    """Collective: allocate this rank's arena, map its node's, and connect its rail.
+    """Collective: allocate this rank's arena, map its node's, connect its rail, and watch the other ranks.
 
     Raises:
         ConfigurationError: Any rank could not.
@@ -80,10 +84,10 @@ def connect(
 
     """
     arenas = _share_memory(world, layout, bootstrap, timeout_s)
-    if world.nodes == 1:
-        return Connection(arenas, world.index, None, None)
-    fabric, proxy = _join_fabric(world, arenas[world.index], layout, bootstrap, settings, timeout_s)
-    return Connection(arenas, world.index, fabric, proxy)
+    fabric, proxy = None, None
+    if world.nodes > 1:
+        fabric, proxy = _join_fabric(world, arenas[world.index], layout, bootstrap, settings, timeout_s)
+    return Connection(arenas, world.index, fabric, proxy, start_watch(world, bootstrap, timeout_s))
 
 
 def _share_memory(

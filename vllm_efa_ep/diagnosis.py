@@ -7,6 +7,7 @@ nothing.
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_efa_ep.bootstrap import Bootstrap
@@ -38,13 +39,14 @@ def report_of(error: EfaEpError) -> Report | None:
     return None
 
 
-def explain(bootstrap: Bootstrap, error: EfaEpError, grace_s: float) -> str:
+def explain(bootstrap: Bootstrap, error: EfaEpError, grace_s: float, loss: Callable[[], str]) -> str:
     """Publish this rank's report, read the others', and describe the chain.
 
     Args:
         bootstrap: Carries the reports.
         error: What happened here.
         grace_s: How long to wait for reports of others.
+        loss: Says which rank is gone, if one is: that explains everything, and nobody else is asked.
 
     Returns:
         One sentence to append to the error's message, empty if there is nothing to add.
@@ -55,10 +57,11 @@ def explain(bootstrap: Bootstrap, error: EfaEpError, grace_s: float) -> str:
         return ""
     try:
         bootstrap.publish(_key(bootstrap.rank), json.dumps([report.what, report.missing]))
-        reports = _collect(bootstrap, report, grace_s)
+        reports = _collect(bootstrap, report, grace_s, loss)
     except EfaEpError as bootstrap_error:
-        return f"Who else waits is unknown: {bootstrap_error}; its host (usually rank 0) is dead or stuck"
-    return describe(bootstrap.rank, reports)
+        unknown = f"Who else waits is unknown: {bootstrap_error}; its host (usually rank 0) is dead or stuck"
+        return loss() or unknown
+    return loss() or describe(bootstrap.rank, reports)
 
 
 def describe(rank: int, reports: dict[int, Report | None]) -> str:
@@ -77,8 +80,10 @@ def describe(rank: int, reports: dict[int, Report | None]) -> str:
     return "; ".join([verdict, *waiting])
 
 
-def _collect(bootstrap: Bootstrap, own: Report, grace_s: float) -> dict[int, Report | None]:
-    """Read the reports of every rank reachable from ``own`` until all are there or the grace is over."""
+def _collect(
+    bootstrap: Bootstrap, own: Report, grace_s: float, loss: Callable[[], str]
+) -> dict[int, Report | None]:
+    """Read the reports of every rank reachable from ``own`` until all are there or nobody will say more."""
     deadline = time.monotonic() + grace_s
     while True:
         reports: dict[int, Report | None] = {bootstrap.rank: own}
@@ -90,7 +95,7 @@ def _collect(bootstrap: Bootstrap, own: Report, grace_s: float) -> dict[int, Rep
             reports[rank] = _lookup(bootstrap, rank)
             found = reports[rank]
             frontier += found.missing if found is not None else ()
-        if None not in reports.values() or time.monotonic() > deadline:
+        if None not in reports.values() or loss() or time.monotonic() > deadline:
             return reports
         time.sleep(_POLL_SECONDS)
 

@@ -18,7 +18,9 @@ class Dispatched(NamedTuple):
         topk_ids: int32 ``[M, K]``, the global ids the token was routed to (experts of other ranks included);
             None in the per_expert layout.
         topk_weights: float32 ``[M, K]``; None in the per_expert layout.
-        tokens_per_expert: int32 ``[local experts]``.
+        tokens_per_expert: int32 ``[local experts]``. per_expert: rows in use of each expert, to which a token
+            that names an expert twice contributes one. per_token: slots of ``topk_ids`` that name the expert,
+            to which such a token contributes two.
 
     """
 

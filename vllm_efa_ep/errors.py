@@ -51,6 +51,24 @@ class RankTimeoutError(EfaEpError, TimeoutError):
         self.missing = missing
 
 
+class RankLostError(EfaEpError, ConnectionError):
+    """A rank is gone while this one waits, so the round cannot finish: its process has ended or failed.
+
+    Attributes:
+        half: What waited: one of the four halves, as in ``RankTimeoutError``, or ``close``.
+        round: The round that could not finish.
+        rank: The rank that is gone.
+
+    """
+
+    def __init__(self, message: str, half: str = "", round: int = 0, rank: int = -1) -> None:
+        """Keep what was waited for beside the message."""
+        super().__init__(message)
+        self.half = half
+        self.round = round
+        self.rank = rank
+
+
 class ProtocolError(EfaEpError, RuntimeError):
     """A peer sent something the protocol does not allow: a foreign or stale writer, or a bug."""
 

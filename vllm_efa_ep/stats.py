@@ -26,7 +26,6 @@ class Stats:
         completions: Writes completed.
         immediates: Writes of peers that arrived here.
         retries: Posts the fabric refused for the moment.
-        window_waits: Times a destination's window of outstanding writes was full.
         half_seconds: Time inside each half.
         wait_seconds: Part of it spent waiting for other ranks.
 
@@ -50,6 +49,5 @@ class Stats:
     completions: int
     immediates: int
     retries: int
-    window_waits: int
     half_seconds: dict[str, float]
     wait_seconds: dict[str, float]

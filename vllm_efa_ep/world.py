@@ -27,18 +27,29 @@ class World:
         rank: This rank.
         size: Number of ranks.
         ranks_per_node: Ranks of one node; consecutive ranks that can map each other's memory.
-        rank_on_host: This rank's place among the ranks of its host.
-        ranks_on_host: How many ranks share the host and its NICs.
-        single_host: Whether all ranks run on one host.
+        host_of: The host of every rank, named by the first rank that runs on it.
 
     """
 
     rank: int
     size: int
     ranks_per_node: int
-    rank_on_host: int
-    ranks_on_host: int
-    single_host: bool
+    host_of: tuple[int, ...]
+
+    @property
+    def rank_on_host(self) -> int:
+        """This rank's place among the ranks of its host."""
+        return self.host_of[: self.rank].count(self.host_of[self.rank])
+
+    @property
+    def ranks_on_host(self) -> int:
+        """How many ranks share the host and its NICs."""
+        return self.host_of.count(self.host_of[self.rank])
+
+    @property
+    def single_host(self) -> bool:
+        """Whether all ranks run on one host."""
+        return self.ranks_on_host == self.size
 
     @property
     def nodes(self) -> int:
@@ -120,15 +131,11 @@ def join_world(bootstrap: Bootstrap, must_agree: Mapping[str, Any], ranks_per_no
     claims = [json.loads(each) for each in told]
     _check_claims(claims)
     hosts = [str(c["host"]) for c in claims]
-    rank, size = bootstrap.rank, len(claims)
-    own = [r for r in range(size) if hosts[r] == hosts[rank]]
     return World(
-        rank=rank,
-        size=size,
+        rank=bootstrap.rank,
+        size=len(claims),
         ranks_per_node=_ranks_per_node(hosts, ranks_per_node),
-        rank_on_host=own.index(rank),
-        ranks_on_host=len(own),
-        single_host=len(own) == size,
+        host_of=tuple(hosts.index(host) for host in hosts),
     )
 
 

@@ -81,7 +81,6 @@ Counters counters_of(const Proxy& proxy) {
   result["completions"] = counters.completions;
   result["immediates"] = counters.immediates;
   result["retries"] = counters.retries;
-  result["window_waits"] = counters.waits;
   return result;
 }
 
@@ -204,6 +203,29 @@ void bind_fabric(nb::module_& m) {
           "ranks_on_host"_a, "peers"_a);
 }
 
+// Runs Python's signal handlers while a thread waits, so that Ctrl-C and SIGTERM end the wait at once. What
+// it waited for goes along as a note of the handler's exception.
+void check_signals(const Wait& wait) {
+  if (PyErr_CheckSignals() == 0) return;
+  nb::python_error error;
+  nb::list notes;
+  notes.append(wait.describe());
+  error.value().attr("__notes__") = notes;
+  error.restore();
+  nb::raise_python_error();
+}
+
+// `check_wait(half, round, description)` raises to end a wait.
+using CheckWait = nb::typed<nb::callable, void(std::string, uint32_t, std::string)>;
+
+InterruptCheck interrupt_check(CheckWait check_wait) {
+  return [check_wait = std::move(check_wait)](const Wait& wait) {
+    const nb::gil_scoped_acquire lock;
+    check_signals(wait);
+    check_wait(wait.half, wait.round, wait.describe());
+  };
+}
+
 void bind_proxy(nb::module_& m) {
   nb::class_<Proxy>(m, "Proxy")
       .def(
@@ -221,21 +243,13 @@ void bind_proxy(nb::module_& m) {
           "timeout_s"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
       .def("counters", [](const Proxy& proxy) { return counters_of(proxy); })
       .def(
-          "drain", [](Proxy& proxy, double timeout_s) { proxy.drain(seconds(timeout_s)); }, "timeout_s"_a,
-          ReleaseLock());
-}
-
-// Runs Python's signal handlers while a half waits, so that Ctrl-C and SIGTERM end it at once. What it waited
-// for goes along as a note of the handler's exception.
-void check_signals(const std::function<std::string()>& describe) {
-  const nb::gil_scoped_acquire lock;
-  if (PyErr_CheckSignals() == 0) return;
-  nb::python_error error;
-  nb::list notes;
-  notes.append(describe());
-  error.value().attr("__notes__") = notes;
-  error.restore();
-  nb::raise_python_error();
+          "drain",
+          [](Proxy& proxy, double timeout_s, const CheckWait& check_wait) {
+            const InterruptCheck check = interrupt_check(check_wait);
+            const nb::gil_scoped_release unlock;
+            proxy.drain(seconds(timeout_s), check);
+          },
+          "timeout_s"_a, "check_wait"_a);
 }
 
 DispatchOutput dispatch_output(uintptr_t x, uintptr_t scales, uintptr_t ids, uintptr_t weights,
@@ -257,7 +271,7 @@ void bind_device(nb::module_& m) {
           "__init__",
           [](CpuDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
              ScalarType combine_type, bool per_expert, double timeout_s,
-             const std::vector<const Arena*>& arenas, Proxy* proxy) {
+             const std::vector<const Arena*>& arenas, Proxy* proxy, const CheckWait& check_wait) {
             std::vector<std::byte*> bases;
             for (const Arena* arena : arenas) bases.push_back(arena->data());
             new (self) CpuDevice({.layout = layout,
@@ -266,11 +280,12 @@ void bind_device(nb::module_& m) {
                                   .combine_type = combine_type,
                                   .per_expert = per_expert,
                                   .timeout = seconds(timeout_s),
-                                  .check_interrupt = check_signals},
+                                  .check_interrupt = interrupt_check(check_wait)},
                                  std::move(bases), proxy);
           },
           nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
-          "timeout_s"_a, "arenas"_a, "proxy"_a.none(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
+          "timeout_s"_a, "arenas"_a, "proxy"_a.none(), "check_wait"_a, nb::keep_alive<1, 8>(),
+          nb::keep_alive<1, 9>())
       .def(
           "dispatch_send",
           [](CpuDevice& device, uint32_t channel, uintptr_t x, size_t x_stride, uintptr_t scales,

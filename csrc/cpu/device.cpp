@@ -21,15 +21,6 @@ constexpr auto kYieldTime = std::chrono::milliseconds(2);
 constexpr auto kNap = std::chrono::microseconds(50);
 constexpr uint32_t kTurnsPerClockCheck = 16;
 
-constexpr auto kInterruptCheckTime = std::chrono::milliseconds(100);
-
-// "rank 3", "ranks 1, 2"
-std::string names_of(const std::vector<uint32_t>& ranks) {
-  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
-  for (size_t i = 0; i < ranks.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(ranks[i]);
-  return text;
-}
-
 }  // namespace
 
 CpuDevice::CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> arenas, Proxy* proxy)
@@ -151,7 +142,7 @@ void CpuDevice::wait(Half half, uint32_t round, const std::function<bool()>& rea
     const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
     return std::string(kHalfNames[static_cast<size_t>(half)]) + " of round " + std::to_string(round) +
            " on rank " + std::to_string(options_.rank) + " waited " + std::to_string(seconds) + " s for " +
-           names_of(missing());
+           rank_names(missing());
   };
   for (uint32_t turn = 1;; ++turn) {
     const bool moved = proxy_ != nullptr && proxy_->help();
@@ -166,7 +157,7 @@ void CpuDevice::wait(Half half, uint32_t round, const std::function<bool()>& rea
       }
       if (options_.check_interrupt && now - last_interrupt_check > kInterruptCheckTime) {
         last_interrupt_check = now;
-        options_.check_interrupt(describe);
+        options_.check_interrupt({kHalfNames[static_cast<size_t>(half)], round, describe});
       }
       nap = now - start > kYieldTime;
     }

@@ -20,6 +20,7 @@
 #include "protocol/layout.h"
 #include "protocol/round.h"
 #include "proxy/proxy.h"
+#include "proxy/wait.h"
 
 namespace efa_ep {
 
@@ -30,9 +31,7 @@ struct CpuDeviceOptions {
   ScalarType combine_type = ScalarType::kBfloat16;
   bool per_expert = false;  ///< output layout: [experts, capacity, ...] instead of [rows, ...]
   std::chrono::nanoseconds timeout = std::chrono::seconds(120);
-  /// Called about ten times a second during a wait, with a function that describes the wait; throws to end
-  /// it.
-  std::function<void(const std::function<std::string()>&)> check_interrupt = nullptr;
+  InterruptCheck check_interrupt = nullptr;
 };
 
 /// Tokens to send. All tables are contiguous, row by row.

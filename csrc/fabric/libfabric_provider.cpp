@@ -5,9 +5,11 @@
 #include <rdma/fi_errno.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <new>
 #include <set>
+#include <string_view>
 #include <system_error>
 #include <tuple>
 
@@ -25,6 +27,26 @@ struct Candidate {
   std::string fabric;  // empty: any
   std::string note;
 };
+
+/// Providers that open without complaint and then break the contract of fabric.h (seen with libfabric 1.17
+/// and 2.5.1), and how.
+struct Unusable {
+  std::string_view provider;
+  const char* reason;
+};
+constexpr std::array<Unusable, 2> kUnusable = {{
+    {"sockets", "it reports the immediate of a rank's own write to that rank, as if it had arrived there"},
+    {"shm",
+     "its writes to a process that has died stay pending for ever, or succeed; ranks of one host need no "
+     "provider anyway, since they map each other's memory"},
+}};
+
+void refuse_unusable(const std::string& provider) {
+  const auto found = std::ranges::find(kUnusable, provider, &Unusable::provider);
+  if (found == kUnusable.end()) return;
+  throw ConfigurationError("EFA_EP_PROVIDER is \"" + provider + "\", which cannot carry this protocol: " +
+                           found->reason + ". Use auto, or tcp on machines without EFA.");
+}
 
 Candidate candidate_named(const std::string& name, const LibfabricLibrary& library) {
   if (name == "efa-direct") return {"efa", "efa-direct", ""};
@@ -198,6 +220,7 @@ void check_options(const LibfabricOptions& options) {
 ProviderChoice choose_provider(const LibfabricLibrary& library, const LibfabricOptions& options) {
   check_options(options);
   if (options.provider == "auto") return choose_automatically(library, options);
+  refuse_unusable(options.provider);
   const Candidate candidate = candidate_named(options.provider, library);
   std::string tried;
   auto found = find_interfaces(library, candidate, tried);

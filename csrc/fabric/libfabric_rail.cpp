@@ -16,7 +16,9 @@ namespace efa_ep {
 namespace {
 
 /// Room in the completion queue for arrivals: what libfabric's EFA provider reserves by default, or this many
-/// per peer if that is more. EFA does not protect a completion queue from overrunning.
+/// per peer if that is more. EFA does not protect a completion queue from overrunning, so the proxy sees to
+/// it that no more can arrive (protocol/arrivals.h); ranks compute with the same room, whatever their send
+/// queues.
 constexpr uint32_t kDefaultArrivals = 8192;
 constexpr uint32_t kArrivalsPerPeer = 64;
 

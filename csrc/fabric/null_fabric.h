@@ -18,7 +18,7 @@ class NullFabric final : public Fabric {
     description_.provider = "null";
     for (uint32_t i = 0; i < rails; ++i) description_.nics.push_back("null" + std::to_string(i));
     description_.send_queue_depth = send_queue_depth;
-    description_.completion_queue_depth = send_queue_depth;
+    description_.completion_queue_depth = UINT32_MAX;  // nothing ever arrives
     description_.max_write_bytes = UINT32_MAX;
   }
 

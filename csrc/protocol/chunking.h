@@ -28,9 +28,12 @@ struct Chunking {
 };
 
 /// The NIC pair of a chunk. It depends on sender, destination and chunk: if all senders chose alike, one NIC
-/// of the receiver would get everything at once.
-constexpr uint32_t rail_of(uint32_t sender_node, uint32_t destination_node, uint32_t chunk, uint32_t rails) {
-  return (sender_node + destination_node + chunk) % rails;
+/// of the receiver would get everything at once. The other nodes are numbered 0 to nodes - 2 from the sender
+/// on, so that the chunks with one index go round the NICs of every sender, and of every receiver, exactly
+/// evenly.
+constexpr uint32_t rail_of(uint32_t sender_node, uint32_t destination_node, uint32_t nodes, uint32_t chunk,
+                           uint32_t rails) {
+  return ((destination_node - sender_node + nodes) % nodes - 1 + chunk) % rails;
 }
 
 }  // namespace efa_ep

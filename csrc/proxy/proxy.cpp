@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "errors.h"
+#include "protocol/arrivals.h"
 #include "protocol/chunking.h"
 #include "protocol/round.h"
 
@@ -29,11 +30,26 @@ constexpr uint32_t context_node(uint64_t context) { return static_cast<uint32_t>
 constexpr Operation context_operation(uint64_t context) { return static_cast<Operation>(context >> 1 & 1); }
 constexpr uint32_t context_channel(uint64_t context) { return context & 1; }
 
-// Every source may have this many writes on their way here without overrunning the completion queue.
-uint32_t window_of(const FabricDescription& fabric, uint32_t nodes) {
-  const uint32_t own = fabric.send_queue_depth;
-  const uint32_t room = fabric.completion_queue_depth > own ? fabric.completion_queue_depth - own : 1;
-  return std::max(1u, room / std::max(1u, nodes - 1));
+// The chunk size that was asked for, doubled until the completion queues hold all that can arrive. It depends
+// on nothing that ranks could disagree about: connected fabrics have equal room.
+uint64_t chunk_bytes_that_fit(const Layout& layout, uint64_t wanted, const FabricDescription& fabric) {
+  const auto rails = static_cast<uint32_t>(fabric.nics.size());
+  const uint64_t whole_pair = layout.max_tokens * std::max(layout.dispatch_row(), layout.combine_row());
+  const uint64_t room = fabric.completion_queue_depth > fabric.send_queue_depth
+                            ? fabric.completion_queue_depth - fabric.send_queue_depth
+                            : 0;
+  uint64_t chunk_bytes = wanted;
+  while (most_arrivals(layout, chunk_bytes, rails) > room && chunk_bytes < whole_pair) chunk_bytes *= 2;
+  const uint64_t arrivals = most_arrivals(layout, chunk_bytes, rails);
+  if (arrivals > room) {
+    throw ConfigurationError(
+        "up to " + std::to_string(arrivals) +
+        " writes can be on their way to one NIC, but its completion queue has room for " +
+        std::to_string(room) +
+        " beside own writes, and longer chunks do not help; use fewer channels, or more "
+        "ranks per node (EFA_EP_RANKS_PER_NODE)");
+  }
+  return chunk_bytes;
 }
 
 }  // namespace
@@ -44,7 +60,7 @@ Proxy::Proxy(Fabric& fabric, std::byte* arena, const ProxyOptions& options, bool
       options_(options),
       node_(options.layout.topology.node_of(options.rank)),
       rails_(fabric.rails()),
-      window_(window_of(fabric.description(), options.layout.topology.nodes())),
+      chunk_bytes_(chunk_bytes_that_fit(options.layout, options.chunk_bytes, fabric.description())),
       ring_(options.ring_commands),
       destinations_(options.layout.topology.nodes()),
       pairs_(size_t{options.layout.channels} * kOperations * options.layout.topology.nodes()),
@@ -81,9 +97,10 @@ bool Proxy::help() {
   }
 }
 
-void Proxy::drain(std::chrono::nanoseconds timeout) {
+void Proxy::drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_interrupt) {
   const Waiting waiting(this);
-  const auto deadline = Clock::now() + timeout;
+  const auto start = Clock::now();
+  auto last_interrupt_check = start;
   while (true) {
     if (help()) continue;
     throw_if_failed();
@@ -91,11 +108,19 @@ void Proxy::drain(std::chrono::nanoseconds timeout) {
     const bool ring_empty = ring_.empty();
     const std::vector<uint32_t> nodes = unfinished_destinations();
     if (ring_empty && nodes.empty()) return;
-    if (Clock::now() > deadline) {
-      std::vector<uint32_t> ranks;
-      for (const uint32_t node : nodes)
-        ranks.push_back(options_.layout.topology.rail_peer(options_.rank, node));
-      throw RankTimeoutError("writes were not complete before the deadline", "close", 0, ranks);
+    std::vector<uint32_t> ranks;
+    for (const uint32_t node : nodes)
+      ranks.push_back(options_.layout.topology.rail_peer(options_.rank, node));
+    const auto now = Clock::now();
+    const auto describe = [&] {
+      const double seconds = std::chrono::duration<double>(now - start).count();
+      return "close on rank " + std::to_string(options_.rank) + " waited " + std::to_string(seconds) +
+             " s for the completion of writes to " + rank_names(ranks);
+    };
+    if (now - start > timeout) throw RankTimeoutError(describe(), "close", 0, ranks);
+    if (check_interrupt && now - last_interrupt_check > kInterruptCheckTime) {
+      last_interrupt_check = now;
+      check_interrupt({"close", 0, describe});
     }
     sched_yield();
   }
@@ -115,8 +140,8 @@ ProxyCounters Proxy::counters() const {
   const auto read = [](const std::atomic<uint64_t>& counter) {
     return counter.load(std::memory_order_relaxed);
   };
-  return {read(counters_.writes),     read(counters_.bytes),   read(counters_.completions),
-          read(counters_.immediates), read(counters_.retries), read(counters_.waits)};
+  return {read(counters_.writes), read(counters_.bytes), read(counters_.completions),
+          read(counters_.immediates), read(counters_.retries)};
 }
 
 // The proxy's own thread. It yields while there is work, and naps when there is none: arrivals that come
@@ -195,17 +220,18 @@ bool Proxy::post_queued() {
   return posted;
 }
 
-// Posts what the destination's window and the fabric allow. A destination that refuses holds up only itself.
+// Posts what the fabric allows. A destination that refuses holds up only itself.
 bool Proxy::post_from(uint32_t node, Destination& destination) {
   bool posted = false;
   while (destination.next < destination.queue.size()) {
-    if (destination.outstanding >= window_) {
-      add(counters_.waits, 1);
-      break;
-    }
     const WriteRequest request = request_of(node, destination.queue[destination.next]);
     if (fabric_.post_write(request) == PostResult::kAgain) {
       add(counters_.retries, 1);
+      if (outstanding_ > destination.outstanding) {
+        // The queue may be full of writes to others, for which this destination must not be blamed.
+        destination.refused_since.reset();
+        break;
+      }
       const auto now = Clock::now();
       if (!destination.refused_since) destination.refused_since = now;
       if (now - *destination.refused_since > options_.timeout) {
@@ -219,6 +245,7 @@ bool Proxy::post_from(uint32_t node, Destination& destination) {
     posted = true;
     destination.refused_since.reset();
     ++destination.outstanding;
+    ++outstanding_;
     ++destination.next;
     --queued_;
     add(counters_.writes, 1);
@@ -237,7 +264,7 @@ WriteRequest Proxy::request_of(uint32_t node, const Command& command) const {
   const uint64_t row = layout.row_bytes(immediate.operation);
   WriteRequest request;
   request.peer = layout.topology.rail_peer(options_.rank, node);
-  request.rail = rail_of(node_, node, immediate.chunk(), rails_);
+  request.rail = rail_of(node_, node, layout.topology.nodes(), immediate.chunk(), rails_);
   request.local_offset = layout.outgoing(immediate.channel, immediate.operation) + command.local_row * row;
   request.remote_offset =
       layout.slot(immediate.channel, immediate.operation, node, node_) + command.first_row * row;
@@ -249,6 +276,7 @@ WriteRequest Proxy::request_of(uint32_t node, const Command& command) const {
 
 void Proxy::on_write_done(uint64_t context) {
   --destinations_[context_node(context)].outstanding;
+  --outstanding_;
   add(counters_.completions, 1);
   const auto completed =
       word(options_.layout.completion(context_channel(context), context_operation(context)));
@@ -277,8 +305,7 @@ void Proxy::on_arrival(uint32_t bits) {
     arriving.rows_known = true;
     arriving.rows = immediate.value;
     arriving.chunks =
-        Chunking::of(arriving.rows, layout.row_bytes(immediate.operation), options_.chunk_bytes, rails_)
-            .chunks;
+        Chunking::of(arriving.rows, layout.row_bytes(immediate.operation), chunk_bytes_, rails_).chunks;
   }
   ++arriving.chunks_seen;
   add(counters_.immediates, 1);

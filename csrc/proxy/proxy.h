@@ -16,13 +16,14 @@
 #include "fabric/fabric.h"
 #include "protocol/layout.h"
 #include "proxy/command_ring.h"
+#include "proxy/wait.h"
 
 namespace efa_ep {
 
 struct ProxyOptions {
   Layout layout;
   uint32_t rank = 0;
-  uint64_t chunk_bytes = 256 * 1024;  ///< as in Chunking::of
+  uint64_t chunk_bytes = 256 * 1024;  ///< as in Chunking::of; see Proxy::chunk_bytes()
   uint32_t ring_commands = 4096;
   std::chrono::nanoseconds timeout = std::chrono::seconds(120);  ///< longest time a write may be refused
 };
@@ -34,13 +35,13 @@ struct ProxyCounters {
   uint64_t completions = 0;  ///< own writes completed
   uint64_t immediates = 0;   ///< writes of peers that arrived here
   uint64_t retries = 0;      ///< posts that the fabric answered with "again"
-  uint64_t waits = 0;        ///< times a destination's window of outstanding writes was full
 };
 
 class Proxy {
  public:
   /// `arena` is this rank's registered memory, laid out by `options.layout`. Both it and `fabric` outlive the
-  /// proxy. `start_thread` false leaves all work to help(): for tests and measurements.
+  /// proxy. `start_thread` false leaves all work to help(): for tests and measurements. Throws
+  /// ConfigurationError if the fabric's completion queues cannot hold what the layout's ranks can send.
   Proxy(Fabric& fabric, std::byte* arena, const ProxyOptions& options, bool start_thread = true);
   Proxy(const Proxy&) = delete;
   Proxy& operator=(const Proxy&) = delete;
@@ -77,13 +78,14 @@ class Proxy {
   }
 
   /// Waits until every submitted write is complete. Throws RankTimeoutError naming the ranks that keep it
-  /// waiting.
-  void drain(std::chrono::nanoseconds timeout);
+  /// waiting, or what `check_interrupt` throws.
+  void drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_interrupt = nullptr);
 
   /// Nodes to which submitted writes are not complete yet.
   std::vector<uint32_t> unfinished_destinations();
 
-  uint64_t chunk_bytes() const { return options_.chunk_bytes; }
+  /// The chunk size in use: as asked for, or as much longer as the completion queues need (arrivals.h).
+  uint64_t chunk_bytes() const { return chunk_bytes_; }
   uint32_t rails() const { return rails_; }
   ProxyCounters counters() const;
 
@@ -106,7 +108,7 @@ class Proxy {
     uint32_t chunks = 0;
   };
   struct AtomicCounters {
-    std::atomic<uint64_t> writes{0}, bytes{0}, completions{0}, immediates{0}, retries{0}, waits{0};
+    std::atomic<uint64_t> writes{0}, bytes{0}, completions{0}, immediates{0}, retries{0};
   };
 
   void run();
@@ -131,12 +133,13 @@ class Proxy {
   const ProxyOptions options_;
   const uint32_t node_;
   const uint32_t rails_;
-  const uint32_t window_;  // most outstanding writes per destination
+  const uint64_t chunk_bytes_;
 
   CommandRing ring_;
   std::mutex work_;  // held by whoever does the proxy's work
   std::vector<Destination> destinations_;
   size_t queued_ = 0;
+  uint32_t outstanding_ = 0;  // of all destinations
   std::vector<Pair> pairs_;
   std::vector<Completion> completions_;
   AtomicCounters counters_;

@@ -72,6 +72,17 @@ TEST(ProviderChoice, UnknownNamesAreListed) {
   EXPECT_TRUE(contains(interfaces, "lo")) << interfaces;
 }
 
+// Both open, and would fail or hang later.
+TEST(ProviderChoice, ProvidersThatBreakTheContractAreRefusedByName) {
+  for (const auto& [provider, reason] :
+       {std::pair{"sockets", "own write"}, std::pair{"shm", "a process that has died"}}) {
+    const std::string message = message_of<ConfigurationError>([&] { make_fabric(provider); });
+    for (const char* part : {provider, reason, "Use auto, or tcp"}) {
+      EXPECT_TRUE(contains(message, part)) << message;
+    }
+  }
+}
+
 TEST(ProviderChoice, BadCountsAreRefused) {
   LibfabricOptions options = options_for("tcp");
   options.nics = 65;

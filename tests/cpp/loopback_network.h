@@ -2,8 +2,8 @@
 // write are placed in random order, an immediate comes after its bytes and in no order with anything else, a
 // source learns of its write before or after the target does, and queues are short. One seed gives one
 // sequence of choices. Bytes are copied from source to target only when they are placed, and a source must
-// not change until its write is complete, as if the NIC had to send it again. One mutex is all that orders
-// ranks: the sanitizers see who relies on more.
+// not change until its write is complete, as if the NIC had to send it again. A completion queue that
+// overruns is lost. One mutex is all that orders ranks: the sanitizers see who relies on more.
 #pragma once
 
 #include <algorithm>
@@ -74,6 +74,11 @@ class LoopbackNetwork {
   }
   /// While held, writes arrive, but no source learns of its own. Orders the caller with nobody.
   void hold_completions(bool hold) { completions_held_.store(hold, std::memory_order_relaxed); }
+  /// Whether everything posted has arrived and completed, polled or not.
+  bool idle() {
+    const std::lock_guard lock(mutex_);
+    return writes_.empty();
+  }
   Traffic traffic(uint32_t rank) {
     const std::lock_guard lock(mutex_);
     return endpoints_.at(rank)->traffic;
@@ -82,7 +87,7 @@ class LoopbackNetwork {
  private:
   struct Endpoint final : Fabric {
     Endpoint(LoopbackNetwork& network, uint32_t rank, const Options& options)
-        : network(network), rank(rank), in_flight(options.rails) {
+        : network(network), rank(rank), in_flight(options.rails), unpolled(options.rails) {
       traffic.outstanding.resize(options.ranks);
       traffic.most_outstanding.resize(options.ranks);
     }
@@ -102,6 +107,7 @@ class LoopbackNetwork {
     std::span<std::byte> memory;
     std::set<uint32_t> peers;
     std::vector<uint32_t> in_flight;  // by rail
+    std::vector<uint32_t> unpolled;   // events, by rail
     struct Event {
       Completion completion;
       uint32_t rail, peer;
@@ -166,6 +172,7 @@ class LoopbackNetwork {
     for (size_t most = 1 + below(8); count < std::min(most, completions.size()); ++count) {
       if (endpoint.events.empty()) break;
       const auto event = take(endpoint.events);
+      --endpoint.unpolled[event.rail];
       completions[count] = event.completion;
       if (event.completion.kind == CompletionKind::kArrival) {
         ++endpoint.traffic.arrivals;
@@ -191,7 +198,7 @@ class LoopbackNetwork {
     }
     if (write.arrives && (!write.completes || held || below(2) == 0)) {
       write.arrives = false;
-      write.target->events.push_back({{CompletionKind::kArrival, 0, request.immediate, {}}, 0, 0});
+      tell(*write.target, {{CompletionKind::kArrival, 0, request.immediate, {}}, request.rail, 0});
     } else if (write.completes && !held) {
       write.completes = false;
       if (!std::equal(write.content.begin(), write.content.end(), write.from())) {
@@ -199,9 +206,17 @@ class LoopbackNetwork {
                                " changed a write's source before its completion");
       }
       const auto kind = write.error.empty() ? CompletionKind::kWriteDone : CompletionKind::kError;
-      write.source->events.push_back({{kind, request.context, 0, write.error}, request.rail, request.peer});
+      tell(*write.source, {{kind, request.context, 0, write.error}, request.rail, request.peer});
     }
     if (!write.arrives && !write.completes) take(writes_, chosen);
+  }
+
+  void tell(Endpoint& endpoint, const Endpoint::Event& event) {
+    endpoint.events.push_back(event);
+    if (++endpoint.unpolled[event.rail] > description_.completion_queue_depth) {
+      throw std::logic_error("loopback: a completion queue of rank " + std::to_string(endpoint.rank) +
+                             " is overrun");
+    }
   }
 
   uint32_t below(size_t bound) { return static_cast<uint32_t>(random_() % bound); }

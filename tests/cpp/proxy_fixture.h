@@ -42,6 +42,7 @@ class ProxyTest : public testing::Test {
     layout_.max_tokens = kMaxTokens;
     layout_.channels = 2;
     network_options_.rails = 2;
+    network_options_.completion_queue_depth = 1 << 20;  // peers poll when a test lets them
     proxy_options_.timeout = kForever;
   }
 
@@ -68,7 +69,7 @@ class ProxyTest : public testing::Test {
   }
 
   Chunking chunking(const Shipment& shipment) const {
-    return Chunking::of(shipment.rows, layout_.row_bytes(shipment.operation), kChunkBytes,
+    return Chunking::of(shipment.rows, layout_.row_bytes(shipment.operation), proxy_->chunk_bytes(),
                         network_options_.rails);
   }
   Immediate immediate(uint32_t source, const Shipment& shipment, uint32_t chunk) const {

@@ -22,7 +22,7 @@ TEST_F(ProxyTest, SendsEveryChunkOnceToItsPlaceOverItsRail) {
   std::vector<uint64_t> chunks(4, 0);
   network_->set_rule([&](uint32_t, const WriteRequest& request) {
     const Immediate immediate = Immediate::decode(request.immediate);
-    EXPECT_EQ(request.rail, (0 + request.peer + immediate.chunk()) % 3);
+    EXPECT_EQ(request.rail, (request.peer - 1 + immediate.chunk()) % 3);
     ++chunks[request.peer];
     return LoopbackNetwork::Fault::kNone;
   });
@@ -82,32 +82,8 @@ TEST_F(ProxyTest, TheCompletionWordCountsPerChannelAndOperation) {
   }
 }
 
-TEST_F(ProxyTest, KeepsItsWindowPerDestination) {
-  network_options_ = {.rails = 1, .send_queue_depth = 8, .completion_queue_depth = 20};
-  start(4);
-  // What a completion queue has left beside own writes is shared by the sources: (20 - 8) / 3.
-  for (uint32_t target = 1; target < 4; ++target) submit(target, {0, kDispatch, 1, kMaxTokens});
-  proxy_->drain(kForever);
-  const LoopbackNetwork::Traffic traffic = network_->traffic(0);
-  for (uint32_t target = 1; target < 4; ++target) EXPECT_LE(traffic.most_outstanding[target], 4u);
-  EXPECT_EQ(*std::max_element(traffic.most_outstanding.begin(), traffic.most_outstanding.end()), 4u);
-  EXPECT_GT(proxy_->counters().waits, 0u);
-  EXPECT_EQ(proxy_->counters().writes, 3u * chunking({0, kDispatch, 1, kMaxTokens}).chunks);
-}
-
-TEST_F(ProxyTest, TheWindowIsAtLeastOneWrite) {
-  network_options_ = {.rails = 1, .send_queue_depth = 8, .completion_queue_depth = 8};
-  start(4);
-  for (uint32_t target = 1; target < 4; ++target) submit(target, {0, kDispatch, 1, kMaxTokens});
-  proxy_->drain(kForever);
-  for (uint32_t target = 1; target < 4; ++target) {
-    EXPECT_EQ(network_->traffic(0).most_outstanding[target], 1u);
-    EXPECT_TRUE(has_arrived(0, target, {0, kDispatch, 1, kMaxTokens}));
-  }
-}
-
 TEST_F(ProxyTest, TriesAgainWhenTheQueueIsFull) {
-  network_options_ = {.rails = 2, .send_queue_depth = 1, .completion_queue_depth = 1024};
+  network_options_ = {.rails = 2, .send_queue_depth = 1};
   start(3);
   const Shipment shipment{1, kCombine, 1, kMaxTokens};
   for (const uint32_t target : {1u, 2u}) submit(target, shipment);
@@ -116,12 +92,11 @@ TEST_F(ProxyTest, TriesAgainWhenTheQueueIsFull) {
   const ProxyCounters counters = proxy_->counters();
   EXPECT_GT(counters.retries, 0u);
   EXPECT_EQ(counters.retries, network_->traffic(0).refusals);
-  EXPECT_EQ(counters.waits, 0u);
   EXPECT_EQ(counters.writes, 2u * chunking(shipment).chunks);
 }
 
 TEST_F(ProxyTest, ChunksOfOneDestinationAreSentInTheirOrder) {
-  network_options_ = {.rails = 2, .send_queue_depth = 2, .completion_queue_depth = 8};
+  network_options_ = {.rails = 2, .send_queue_depth = 2};
   start(3);
   std::vector<std::vector<uint32_t>> posted(3);
   network_->set_rule([&](uint32_t, const WriteRequest& request) {
@@ -162,6 +137,26 @@ TEST_F(ProxyTest, ADestinationThatRefusesTooLongIsATransportError) {
     EXPECT_EQ(error.peer, 2);
     EXPECT_NE(std::string(error.what()).find("rank 2"), std::string::npos) << error.what();
   }
+}
+
+// Rank 1 never completes the one write that the queue has room for.
+TEST_F(ProxyTest, ADestinationThatOthersCrowdOutIsNotBlamed) {
+  proxy_options_.timeout = std::chrono::milliseconds(1);
+  network_options_.rails = 1;
+  network_options_.send_queue_depth = 1;
+  start(3);
+  network_->set_rule([](uint32_t, const WriteRequest& request) {
+    return request.peer == 1 ? LoopbackNetwork::Fault::kNeverComplete : LoopbackNetwork::Fault::kNone;
+  });
+  submit(1, {0, kDispatch, 1, 1});
+  submit(2, {0, kDispatch, 1, 1});
+  proxy_->help();
+  const auto refused_at = std::chrono::steady_clock::now();
+  help_until([&] { return std::chrono::steady_clock::now() > refused_at + 2 * proxy_options_.timeout; });
+  proxy_->help();
+  EXPECT_NO_THROW(proxy_->throw_if_failed());
+  EXPECT_GT(proxy_->counters().retries, 1u);
+  EXPECT_EQ(proxy_->unfinished_destinations(), (std::vector<uint32_t>{1, 2}));
 }
 
 TEST_F(ProxyTest, TheDeadlineCountsFromTheLastAcceptedWrite) {
@@ -281,14 +276,16 @@ TEST_F(ProxyTest, ManyThreadsSubmitAndHelp) {
   }
 }
 
-// Also when another thread takes the command from the ring meanwhile.
+// Also when another thread takes the command from the ring meanwhile. A drain that looks at the destinations
+// before the ring returns too early about once in 150,000 times.
 TEST_F(ProxyTest, DrainWaitsForAllThatWasSubmitted) {
+  const uint32_t commands = amount(50'000, 1'000'000);
   start(2);
   std::atomic<bool> stop{false};
   std::thread helper([&] {
     while (!stop) proxy_->help();
   });
-  for (uint32_t submitted = 1; submitted <= 10'000 && !HasFailure(); ++submitted) {
+  for (uint32_t submitted = 1; submitted <= commands && !HasFailure(); ++submitted) {
     while (!proxy_->try_submit({immediate(0, {}, 0).encode(), 1, 0, 0})) proxy_->help();
     proxy_->drain(kForever);
     EXPECT_EQ(proxy_->counters().completions, submitted);
@@ -310,6 +307,21 @@ TEST_F(ProxyTest, DrainNamesTheRanksThatKeepItWaiting) {
   } catch (const RankTimeoutError& error) {
     EXPECT_EQ(error.missing, std::vector<uint32_t>{2});
     EXPECT_EQ(error.half, "close");
+  }
+}
+
+TEST_F(ProxyTest, DrainEndsWithTheCallersOwnError) {
+  struct Interrupted {
+    std::string wait;
+  };
+  start(2);
+  network_->hold_completions(true);
+  submit(1, {0, kDispatch, 1, 1});
+  try {
+    proxy_->drain(kForever, [](const Wait& wait) { throw Interrupted{wait.describe()}; });
+    FAIL();
+  } catch (const Interrupted& interrupted) {
+    EXPECT_NE(interrupted.wait.find("writes to rank 1"), std::string::npos) << interrupted.wait;
   }
 }
 

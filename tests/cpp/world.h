@@ -22,7 +22,7 @@ class World {
         network_({.ranks = config.world(),
                   .rails = config.rails,
                   .send_queue_depth = config.send_queue_depth,
-                  .completion_queue_depth = 64,
+                  .completion_queue_depth = config.send_queue_depth + config.arrival_room,
                   .seed = config.seed}) {
     const Topology& topology = config.layout.topology;
     for (uint32_t rank = 0; rank < config.world(); ++rank) {

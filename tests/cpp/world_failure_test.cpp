@@ -159,6 +159,8 @@ TEST(TransportFailure, EndsAWaitAndEveryLaterCall) {
 
 TEST(Interrupt, EndsAWaitWithTheCallersOwnError) {
   struct Interrupted {
+    std::string half;
+    uint32_t round;
     std::string wait;
   };
   const WorldConfig config = small_config(1, 2);
@@ -166,8 +168,8 @@ TEST(Interrupt, EndsAWaitWithTheCallersOwnError) {
   CpuDeviceOptions options;
   options.layout = config.layout;
   options.expert_owner = config.expert_owner;
-  options.check_interrupt = [](const std::function<std::string()>& describe) {
-    throw Interrupted{describe()};
+  options.check_interrupt = [](const Wait& wait) {
+    throw Interrupted{wait.half, wait.round, wait.describe()};
   };
   CpuDevice device(options, {world.arena(0), world.arena(1)}, nullptr);
   device.dispatch_send(0, {});
@@ -175,6 +177,8 @@ TEST(Interrupt, EndsAWaitWithTheCallersOwnError) {
     device.dispatch_wait(0);
     FAIL();
   } catch (const Interrupted& interrupted) {
+    EXPECT_EQ(interrupted.half, "dispatch_recv");
+    EXPECT_EQ(interrupted.round, 1u);
     EXPECT_EQ(interrupted.wait.find("dispatch_recv of round 1 on rank 0 waited"), 0u) << interrupted.wait;
     EXPECT_NE(interrupted.wait.find("for rank 1"), std::string::npos) << interrupted.wait;
   }

@@ -45,6 +45,7 @@ struct WorldConfig {
   uint32_t rails = 1;
   uint32_t ring_commands = 4096;
   uint32_t send_queue_depth = 16;
+  uint32_t arrival_room = 4096;  // of a completion queue
   bool proxy_threads = true;
   bool thread_per_channel = false;
   uint64_t seed = 1;

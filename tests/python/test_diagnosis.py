@@ -7,6 +7,10 @@ from vllm_efa_ep.diagnosis import Report, describe, explain, report_of
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError, ProtocolError, RankTimeoutError, TransportError
 
 
+def _nobody_is_gone() -> str:
+    return ""
+
+
 def _timeout(*missing: int) -> RankTimeoutError:
     return RankTimeoutError("waited too long", "dispatch_recv", 7, missing)
 
@@ -17,7 +21,7 @@ def test_a_chain_ends_at_the_silent_rank() -> None:
     def body(bootstrap: ThreadBootstrap) -> str:
         if bootstrap.rank == 3:
             return ""
-        return explain(bootstrap, _timeout(bootstrap.rank + 1), 1.0)
+        return explain(bootstrap, _timeout(bootstrap.rank + 1), 1.0, _nobody_is_gone)
 
     texts = run_ranks(4, body)
     for text in texts[:3]:
@@ -42,11 +46,11 @@ def test_reports_that_come_late_still_count() -> None:
             self.questions += 1
             if self.questions == 3:
                 rendezvous.published = {**self}
-                explain(second, _timeout(2), 0.0)
+                explain(second, _timeout(2), 0.0, _nobody_is_gone)
             return lookup(key, default)
 
     rendezvous.published = LateTable()
-    text = explain(first, _timeout(1), 0.5)
+    text = explain(first, _timeout(1), 0.5, _nobody_is_gone)
     assert text.startswith("rank 2 did not answer")
     assert "rank 1 waits for rank 2" in text
 
@@ -54,8 +58,8 @@ def test_reports_that_come_late_still_count() -> None:
 def test_several_silent_ranks_are_all_named() -> None:
     """A rank that waits for many names those of them that say nothing."""
     rendezvous = Rendezvous(6)
-    explain(ThreadBootstrap(rendezvous, 2), _timeout(5), 0.0)
-    text = explain(ThreadBootstrap(rendezvous, 0), _timeout(1, 2, 4), 0.0)
+    explain(ThreadBootstrap(rendezvous, 2), _timeout(5), 0.0, _nobody_is_gone)
+    text = explain(ThreadBootstrap(rendezvous, 0), _timeout(1, 2, 4), 0.0, _nobody_is_gone)
     assert text.startswith("ranks 1, 4, 5 did not answer")
 
 
@@ -63,7 +67,7 @@ def test_a_cycle_of_waiting_ranks_ends() -> None:
     """Ranks that wait for each other are alive: they were started with different work."""
 
     def body(bootstrap: ThreadBootstrap) -> str:
-        return explain(bootstrap, _timeout((bootstrap.rank + 1) % 3), 10.0)
+        return explain(bootstrap, _timeout((bootstrap.rank + 1) % 3), 10.0, _nobody_is_gone)
 
     for text in run_ranks(3, body):
         assert text.startswith("all of them answer")
@@ -72,8 +76,8 @@ def test_a_cycle_of_waiting_ranks_ends() -> None:
 def test_a_failed_write_blames_its_target() -> None:
     """The peer of a transport error is what the rank waits for."""
     rendezvous = Rendezvous(3)
-    explain(ThreadBootstrap(rendezvous, 1), TransportError("connection reset", 2), 0.0)
-    text = explain(ThreadBootstrap(rendezvous, 0), _timeout(1), 0.0)
+    explain(ThreadBootstrap(rendezvous, 1), TransportError("connection reset", 2), 0.0, _nobody_is_gone)
+    text = explain(ThreadBootstrap(rendezvous, 0), _timeout(1), 0.0, _nobody_is_gone)
     assert text.startswith("rank 2 did not answer")
     assert "rank 1 waits for rank 2 in a failed write" in text
 
@@ -85,7 +89,7 @@ def test_errors_without_another_rank_need_no_explanation(error: EfaEpError) -> N
     """Nothing is published for them."""
     rendezvous = Rendezvous(2)
     assert report_of(error) is None
-    assert explain(ThreadBootstrap(rendezvous, 0), error, 10.0) == ""
+    assert explain(ThreadBootstrap(rendezvous, 0), error, 10.0, _nobody_is_gone) == ""
     assert rendezvous.published == {}
 
 
@@ -99,9 +103,24 @@ def test_a_dead_bootstrap_is_said() -> None:
             """Fail."""
             raise EfaEpError(f"the store does not take {key}={value}")
 
-    text = explain(Dead(Rendezvous(2), 1), _timeout(0), 10.0)
+    text = explain(Dead(Rendezvous(2), 1), _timeout(0), 10.0, _nobody_is_gone)
     assert "the store does not take" in text
     assert "rank 0" in text
+
+
+def test_a_loss_is_the_whole_explanation() -> None:
+    """It ends the search at once, also if the store is gone with that rank, which need not be the peer."""
+
+    class Dead(ThreadBootstrap):
+        """Its host is gone."""
+
+        def lookup(self, key: str) -> str | None:
+            """Fail."""
+            raise EfaEpError(f"the store does not answer about {key}")
+
+    for bootstrap in (ThreadBootstrap(Rendezvous(3), 0), Dead(Rendezvous(3), 0)):
+        text = explain(bootstrap, TransportError("connection reset", 1), 1e9, lambda: "rank 2 is gone")
+        assert text == "rank 2 is gone"
 
 
 def test_the_description_leaves_out_the_rank_itself() -> None:

@@ -22,6 +22,7 @@ from vllm_efa_ep.errors import EfaEpError
 _ROW = 1024  # float32 columns, so that a row is a page
 _TOKENS = 8
 _SECONDS = 3.0
+_NEVER = 100 * DEADLINE_S  # a deadline for those who must not need one
 _HALVES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 _WORLDS_AT_ONCE = 8
 # The nap of a waiting half gives the processor up each time; nothing else a half does comes close to this.
@@ -121,7 +122,9 @@ def _run_rounds(rank: Rank, all_to_all: AllToAll, case: Case) -> None:
 def _body(rank: Rank, ranks_per_node: int, case: Case) -> dict[str, Any]:
     size = rank.bootstrap.world_size
     config = AllToAllConfig(_ROW, size, size, _TOKENS, dtype=torch.float32, combine_dtype=torch.float32)
-    settings = settings_of(ranks_per_node, timeout_s=_SECONDS, chunk_bytes=1)
+    # The end of a process is noticed by itself; for a frozen one there is only the deadline.
+    timeout_s = _SECONDS if case.signal == signal.SIGSTOP else _NEVER
+    settings = settings_of(ranks_per_node, timeout_s=timeout_s, chunk_bytes=1)
     all_to_all = AllToAll(config, rank.bootstrap, settings)
     rank.tell("ready")
     rank.await_go()
@@ -137,6 +140,9 @@ def _body(rank: Rank, ranks_per_node: int, case: Case) -> dict[str, Any]:
         "error": type(first.value).__name__,
         "message": str(first.value),
         "missing": getattr(first.value, "missing", ()),
+        "lost": getattr(first.value, "rank", -1),
+        "half": getattr(first.value, "half", ""),
+        "round": getattr(first.value, "round", 0),
         "again": str(again.value),
         "arenas": arenas,
         "arenas_after_close": _mapped("efa_ep_arena"),
@@ -167,7 +173,14 @@ def _check_others(world: ProcessWorld, ranks_per_node: int, case: Case) -> None:
         ended = world.ended(rank)
         assert ended.error is None, f"rank {rank}: {ended.error}: {ended.message}"
         found = ended.value
-        assert found["error"] in ("RankTimeoutError", "TransportError"), f"rank {rank}: {found}"
+        expected = "RankTimeoutError" if case.signal == signal.SIGSTOP else "RankLostError"
+        assert found["error"] in (expected, "TransportError"), f"rank {rank}: {found}"
+        if found["error"] == "RankLostError":
+            assert found["lost"] == case.victim
+            assert found["half"] in _HALVES
+            # What a dead rank had sent lets others go on to the next round; a late one may be one behind.
+            assert abs(found["round"] - case.round) <= 1
+            assert f"{found['half']} of round {found['round']} on rank {rank} waited" in found["message"]
         assert f"rank {case.victim}" in found["message"], f"rank {rank}: {found}"
         # Also without the explanation, which a dead store cannot give.
         missing = ", ".join(map(str, found["missing"]))

@@ -107,7 +107,7 @@ def _measure(
 
 
 def _counts(stats: Stats) -> Stats:
-    return replace(stats, half_seconds={}, wait_seconds={}, retries=0, window_waits=0)
+    return replace(stats, half_seconds={}, wait_seconds={}, retries=0)
 
 
 def _random_ids(config: AllToAllConfig, size: int, seed: int) -> list[torch.Tensor]:

@@ -85,6 +85,11 @@ class ThreadBootstrap:
         """Number of ranks."""
         return self._rendezvous.size
 
+    @property
+    def address(self) -> str:
+        """All ranks run here."""
+        return "127.0.0.1"
+
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Meet all ranks and return their payloads."""
         self._gatherings += 1

@@ -32,4 +32,5 @@ def install(directory: Path) -> str:
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fault-plugin\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nfault = fault_plugin:register\n")
-    return os.pathsep.join([str(Path(__file__).parent), str(directory)])
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    return os.pathsep.join([str(Path(__file__).parent), str(directory), *inherited])

@@ -18,6 +18,10 @@ class Bootstrap(Protocol):
     def world_size(self) -> int:
         """Number of ranks."""
 
+    @property
+    def address(self) -> str:
+        """IP address at which other hosts reach this one, if there are any."""
+
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Collective: return every rank's payload, in rank order."""
 

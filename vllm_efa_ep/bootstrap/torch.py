@@ -1,15 +1,16 @@
 """Bootstrap from a torch process group."""
 
 import secrets
+import socket
 from collections.abc import Callable
 from concurrent import futures
 from threading import Thread
 from typing import TypeVar
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from vllm_efa_ep.errors import EfaEpError
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 
 _Answer = TypeVar("_Answer")
 _ANSWER_SECONDS = 5.0
@@ -35,6 +36,15 @@ class TorchBootstrap:
     def world_size(self) -> int:
         """Size of the group."""
         return dist.get_world_size(self._group)
+
+    @property
+    def address(self) -> str:
+        """This host's address on the way to the host of the store."""
+        store: Store = self._store
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        host = store.host if isinstance(store, TCPStore) else socket.gethostname()
+        return address_towards(host)
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Gather over the group, within the group's timeout."""
@@ -71,3 +81,22 @@ class TorchBootstrap:
         if error is not None:
             raise EfaEpError(f"the store of torch.distributed does not answer: {error}")
         return answer.result()
+
+
+def address_towards(host: str) -> str:
+    """Return the address of this host that a packet to ``host`` would carry; sends none.
+
+    Raises:
+        ConfigurationError: There is no way to ``host``.
+
+    """
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)
+            address: str = probe.getsockname()[0]
+    except OSError as error:
+        raise ConfigurationError(
+            f"this host does not know the way to {host}, its bootstrap: {error}"
+        ) from error
+    return address

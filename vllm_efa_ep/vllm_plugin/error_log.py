@@ -1,10 +1,18 @@
 """One clear line in vLLM's log for each error of ours, beside the traceback that vLLM prints."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vllm_efa_ep.errors import EfaEpError
 from vllm_efa_ep.vllm_plugin import logger
+
+
+def use_vllm_log() -> None:
+    """Send what the rest of this package logs to vLLM's log; safe to repeat."""
+    ours = logging.getLogger("vllm_efa_ep")
+    ours.handlers = logging.getLogger("vllm").handlers
+    ours.propagate = False
 
 
 @contextmanager

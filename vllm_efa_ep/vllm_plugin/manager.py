@@ -10,7 +10,7 @@ from vllm_efa_ep.bootstrap.torch import TorchBootstrap
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import EfaEpError
 from vllm_efa_ep.vllm_plugin import logger
-from vllm_efa_ep.vllm_plugin.error_log import one_line_per_error
+from vllm_efa_ep.vllm_plugin.error_log import one_line_per_error, use_vllm_log
 from vllm_efa_ep.vllm_plugin.stats_file import StatsFile
 
 
@@ -25,6 +25,7 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
 
         """
         super().__init__(cpu_group)
+        use_vllm_log()
         self._settings = Settings.from_environment()
         self._all_to_alls: dict[AllToAllConfig, AllToAll] = {}
         self.stats_file = StatsFile(self._settings.stats_dir, self.rank, self._all_to_alls.values())

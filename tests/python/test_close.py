@@ -1,0 +1,71 @@
+"""Closing a world in which a rank has died or says nothing: soon, with its name in the log."""
+
+import logging
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from process_world import DEADLINE_S, ProcessWorld, Rank
+from thread_world import settings_of
+
+from vllm_efa_ep import AllToAll, AllToAllConfig
+
+_NEVER = 100 * DEADLINE_S
+
+
+def _close(rank: Rank, ranks_per_node: int, timeout_s: float, sends: bool) -> list[str]:
+    """Return what close() logs as a warning; all ranks but the last come to it."""
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm_efa_ep.all_to_all").addHandler(handler)
+    size = rank.bootstrap.world_size
+    config = AllToAllConfig(64, size, size, 4, dtype=torch.float32, combine_dtype=torch.float32)
+    all_to_all = AllToAll(config, rank.bootstrap, settings_of(ranks_per_node, timeout_s=timeout_s))
+    x, ids, weights = torch.ones(4, 64), torch.arange(size).repeat(4, 1), torch.ones(4, size)
+    dispatched, handle = all_to_all.dispatch(x, ids, weights)
+    all_to_all.combine(dispatched.x, handle)
+    rank.tell("ready")
+    if all_to_all.rank == size - 1:
+        threading.Event().wait()
+    rank.await_go()
+    if sends:
+        all_to_all.dispatch_send(x, ids, weights)
+    all_to_all.close()
+    assert "efa_ep_arena" not in Path("/proc/self/maps").read_text()
+    return warnings
+
+
+@pytest.mark.parametrize("sends", [False, True])
+@pytest.mark.parametrize(("size", "ranks_per_node"), [(2, 1), (2, 2), (4, 2)])
+def test_a_dead_rank_is_not_waited_for(size: int, ranks_per_node: int, sends: bool) -> None:
+    """Neither for the completion of writes to it, nor for it to close; there is no deadline here."""
+    with ProcessWorld(size, _close, ranks_per_node, _NEVER, sends) as world:
+        for rank in range(size):
+            world.hear(rank, "ready")
+        world.signal(size - 1, signal.SIGKILL)
+        for rank in range(size - 1):
+            world.go(rank)
+        for rank in range(size - 1):
+            ended = world.ended(rank)
+            assert ended.error is None, ended.message
+            (warning,) = ended.value
+            assert warning.startswith("EFA EP: closed without the others: ")
+            assert f"rank {size - 1}" in warning
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+def test_a_frozen_rank_is_waited_for_until_the_deadline(ranks_per_node: int) -> None:
+    """And named then."""
+    with ProcessWorld(2, _close, ranks_per_node, 1.0, False) as world:
+        for rank in range(2):
+            world.hear(rank, "ready")
+        world.signal(1, signal.SIGSTOP)
+        world.go(0)
+        ended = world.ended(0)
+        assert ended.error is None, ended.message
+        (warning,) = ended.value
+        assert "close on rank 0 waited 1.0" in warning
+        assert "for rank 1" in warning

@@ -1,0 +1,274 @@
+"""Noticing at once that the process of a rank has ended, however it ended.
+
+Ranks hold TCP connections on which nothing is said while all is well. The kernel closes a process's
+connections when it ends, so the end of a connection is the end of a process, or of a host, which TCP's
+keep-alive finds out. It is the one signal that needs no cooperation of the dead and no traffic of the living.
+
+The connections form a tree: each rank to the first rank of its host, and the first ranks to one of them. With
+128 hosts of 8 ranks that one holds 134 connections, the first rank of any other host 8, and everybody else 1.
+A rank that sees an end tells its other neighbours, who tell theirs: three steps at most. Only the first end
+is passed on, since it ends the world, and the ends that follow from it would hide it. Whoever goes because of
+it, or in order, says so before (``leave``).
+
+A frozen process keeps its connections; for it there is the deadline of the halves.
+"""
+
+import hmac
+import json
+import logging
+import os
+import secrets
+import selectors
+import socket
+import struct
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from ipaddress import ip_address
+from threading import Thread
+from weakref import WeakSet
+
+from vllm_efa_ep.bootstrap import Bootstrap
+from vllm_efa_ep.errors import ConfigurationError, RankLostError
+from vllm_efa_ep.world import World, agree
+
+logger = logging.getLogger(__name__)
+
+# A rank that is gone, or the sender's own rank: it leaves.
+_NEWS = struct.Struct("!I")
+_HELLO = struct.Struct("!16sI")
+_HELLO_SECONDS = 5.0
+# A host that does not answer is given up after 20 s: longer than networks pause, shorter than the deadline.
+_KEEP_ALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+
+
+class Watch:
+    """One rank's connections to its neighbours, and a thread that listens to them."""
+
+    def __init__(self, rank: int, neighbours: dict[int, socket.socket]) -> None:
+        """Take over connections to other ranks' watches, by rank."""
+        self._rank = rank
+        self._neighbours = neighbours
+        self._leaving: set[int] = set()
+        self._lost: int | None = None
+        self._left = False
+        self._wake, self._woken = socket.socketpair()
+        self._thread = Thread(target=self._listen, name="efa_ep_watch", daemon=True)
+        _watches.add(self)
+        self._thread.start()
+
+    @property
+    def lost(self) -> int | None:
+        """The first rank whose end was noticed, if any."""
+        return self._lost
+
+    def check(self, half: str, round: int, wait: str) -> None:
+        """End a wait that will not be answered.
+
+        Args:
+            half: What waits.
+            round: In which round.
+            wait: The same in words, and for whom it waits.
+
+        Raises:
+            RankLostError: A rank is gone.
+
+        """
+        if self._lost is not None:
+            raise RankLostError(f"{wait}, but {self.verdict()}", half, round, self._lost)
+
+    def verdict(self) -> str:
+        """Say who is gone, empty if nobody is."""
+        return "" if self._lost is None else f"rank {self._lost} is gone: its process has ended or failed"
+
+    def leave(self) -> None:
+        """Tell the neighbours that the end of this rank, which may come now, is no news."""
+        if not self._left:
+            self._left = True
+            self._tell(self._rank, self._neighbours)
+
+    def close(self) -> None:
+        """End the connections; safe to repeat."""
+        if self._thread.is_alive():
+            self._wake.send(b"\0")
+            self._thread.join()
+        self.forget()
+
+    def forget(self) -> None:
+        """Close the connections in this process only."""
+        _watches.discard(self)
+        for connection in (*self._neighbours.values(), self._wake, self._woken):
+            connection.close()
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
+            for rank, connection in self._neighbours.items():
+                selector.register(connection, selectors.EVENT_READ, rank)
+            while True:
+                for key, _ in selector.select():
+                    if key.data is None:
+                        return
+                    if not self._hear(key.data):
+                        selector.unregister(key.fileobj)
+
+    def _hear(self, neighbour: int) -> bool:
+        """Take in what a neighbour says; return whether it may say more."""
+        try:
+            news = _receive(self._neighbours[neighbour], _NEWS.size)
+        except OSError:  # reset, or its host does not answer
+            news = b""
+        if len(news) < _NEWS.size:
+            if neighbour not in self._leaving:
+                self._lose(neighbour, neighbour)
+            return False
+        (rank,) = _NEWS.unpack(news)
+        if rank == neighbour:
+            self._leaving.add(rank)
+        else:
+            self._lose(rank, neighbour)
+        return True
+
+    def _lose(self, rank: int, source: int) -> None:
+        if self._lost is not None:
+            return
+        # Passed on first: what this rank does because of it must not be heard before it.
+        self._tell(rank, [neighbour for neighbour in self._neighbours if neighbour != source])
+        self._lost = rank
+        logger.error("EFA EP: rank %d sees that %s", self._rank, self.verdict())
+
+    def _tell(self, rank: int, neighbours: "dict[int, socket.socket] | list[int]") -> None:
+        for neighbour in neighbours:
+            with suppress(OSError):  # it has ended, too
+                self._neighbours[neighbour].sendall(_NEWS.pack(rank))
+
+
+_watches: WeakSet[Watch] = WeakSet()
+
+
+def _forget_all() -> None:
+    for watch in list(_watches):
+        watch.forget()
+
+
+# A child that kept its parent's connections would outlive it on its behalf.
+os.register_at_fork(after_in_child=_forget_all)
+
+
+@dataclass(frozen=True)
+class _Listener:
+    """Where a rank's neighbours find it, and how they prove that they are neighbours."""
+
+    address: str
+    port: int
+    token: str
+
+
+def start_watch(world: World, bootstrap: Bootstrap, timeout_s: float) -> Watch:
+    """Collective: connect this rank to its neighbours.
+
+    Raises:
+        ConfigurationError: A neighbour cannot be reached.
+
+    """
+    with ExitStack() as cleanup:
+        address = "127.0.0.1" if world.single_host else bootstrap.address
+
+        def listen() -> tuple[socket.socket | None, bytes]:
+            if world.rank not in world.host_of:
+                return None, b""
+            server = cleanup.enter_context(_listen_at(address))
+            return server, json.dumps([address, server.getsockname()[1], secrets.token_hex(16)]).encode()
+
+        server, told = agree(bootstrap, "listening for the other ranks", listen)
+        listeners = {rank: _Listener(*json.loads(each)) for rank, each in enumerate(told) if each}
+        root = _root(listeners)
+        parents = [root if rank == world.host_of[rank] else world.host_of[rank] for rank in range(world.size)]
+        children = {rank for rank, parent in enumerate(parents) if parent == world.rank != rank}
+
+        def meet() -> tuple[dict[int, socket.socket], bytes]:
+            neighbours = {}
+            if world.rank != root:
+                parent = parents[world.rank]
+                neighbours[parent] = _call(listeners[parent], parent, world.rank, timeout_s)
+                cleanup.enter_context(neighbours[parent])
+            if server is not None:
+                for rank, connection in _answer(server, listeners[world.rank], children, timeout_s).items():
+                    neighbours[rank] = cleanup.enter_context(connection)
+            return neighbours, b""
+
+        neighbours, _ = agree(bootstrap, "connecting the ranks that watch each other", meet)
+        cleanup.pop_all()
+        if server is not None:
+            server.close()
+    return Watch(world.rank, neighbours)
+
+
+def _root(listeners: dict[int, _Listener]) -> int:
+    """Choose the rank that all hosts connect to: not one that knows itself by an address of its host only."""
+    return min(listeners, key=lambda rank: (ip_address(listeners[rank].address).is_loopback, rank))
+
+
+def _listen_at(address: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, 0), family=family, backlog=socket.SOMAXCONN)
+    except OSError as error:
+        raise ConfigurationError(f"this host cannot listen at its address {address}: {error}") from error
+
+
+def _call(listener: _Listener, parent: int, rank: int, timeout_s: float) -> socket.socket:
+    try:
+        connection = socket.create_connection((listener.address, listener.port), timeout_s)
+        connection.sendall(_HELLO.pack(bytes.fromhex(listener.token), rank))
+    except OSError as error:
+        raise ConfigurationError(
+            f"rank {parent} cannot be reached at {listener.address}, port {listener.port}: {error}; ranks "
+            "must accept TCP connections of each other's hosts on all ports"
+        ) from error
+    return _watched(connection)
+
+
+def _answer(
+    server: socket.socket, listener: _Listener, children: set[int], timeout_s: float
+) -> dict[int, socket.socket]:
+    """Accept every child; whoever else connects is turned away."""
+    deadline = time.monotonic() + timeout_s
+    accepted: dict[int, socket.socket] = {}
+    with ExitStack() as on_error:
+        while missing := children - accepted.keys():
+            server.settimeout(max(0.0, deadline - time.monotonic()))
+            try:
+                connection, _ = server.accept()
+            except OSError as error:
+                raise ConfigurationError(
+                    f"ranks {sorted(missing)} did not connect within {timeout_s:g} s: {error}"
+                ) from error
+            connection.settimeout(_HELLO_SECONDS)
+            hello = b""
+            with suppress(OSError):
+                hello = _receive(connection, _HELLO.size)
+            token, rank = _HELLO.unpack(hello) if len(hello) == _HELLO.size else (b"", -1)
+            if hmac.compare_digest(token, bytes.fromhex(listener.token)) and rank in missing:
+                accepted[rank] = on_error.enter_context(_watched(connection))
+            else:
+                connection.close()
+        on_error.pop_all()
+    return accepted
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    """Receive ``size`` bytes, or fewer if the connection ends."""
+    received = b""
+    while len(received) < size and (part := connection.recv(size - len(received))):
+        received += part
+    return received
+
+
+def _watched(connection: socket.socket) -> socket.socket:
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option, value in _KEEP_ALIVE.items():
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    return connection
