@@ -232,7 +232,7 @@ bool Proxy::post_from(uint32_t node, Destination& destination) {
         destination.refused_since.reset();
         break;
       }
-      const auto now = Clock::now();
+      const auto now = options_.clock->now();
       if (!destination.refused_since) destination.refused_since = now;
       if (now - *destination.refused_since > options_.timeout) {
         const double seconds = std::chrono::duration<double>(options_.timeout).count();

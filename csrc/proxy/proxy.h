@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "clock.h"
 #include "fabric/fabric.h"
 #include "protocol/layout.h"
 #include "proxy/command_ring.h"
@@ -26,6 +27,7 @@ struct ProxyOptions {
   uint64_t chunk_bytes = 256 * 1024;  ///< as in Chunking::of; see Proxy::chunk_bytes()
   uint32_t ring_commands = 4096;
   std::chrono::nanoseconds timeout = std::chrono::seconds(120);  ///< longest time a write may be refused
+  const DeadlineClock* clock = &kSteadyClock;                    ///< of that time; outlives the proxy
 };
 
 /// Totals since the start; all monotone.
@@ -78,7 +80,7 @@ class Proxy {
   }
 
   /// Waits until every submitted write is complete. Throws RankTimeoutError naming the ranks that keep it
-  /// waiting, or what `check_interrupt` throws.
+  /// waiting, or what `check_interrupt` throws. It blocks a thread, so its time is always the machine's.
   void drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_interrupt = nullptr);
 
   /// Nodes to which submitted writes are not complete yet.
@@ -90,14 +92,12 @@ class Proxy {
   ProxyCounters counters() const;
 
  private:
-  using Clock = std::chrono::steady_clock;
-
   /// Writes to one node's rail peer, in submission order.
   struct Destination {
     std::vector<Command> queue;
     size_t next = 0;  // first of `queue` that is not posted
     uint32_t outstanding = 0;
-    std::optional<Clock::time_point> refused_since;
+    std::optional<DeadlineClock::TimePoint> refused_since;
   };
   /// What has arrived of the current round of one (channel, operation, source node).
   struct Pair {
