@@ -34,19 +34,20 @@ enum class AfterDeath : uint8_t {
 struct Fault {
   FaultKind kind = FaultKind::kDie;
   uint32_t rank = 0;
-  std::optional<uint32_t> rail;  ///< one NIC; empty: all of the rank. Not for kFreeze, kThaw and kDie
-  std::optional<std::chrono::nanoseconds> at;  ///< virtual time
+  std::optional<uint32_t> rail =
+      std::nullopt;  ///< one NIC; empty: all of the rank. Not for kFreeze, kThaw and kDie
+  std::optional<std::chrono::nanoseconds> at = std::nullopt;  ///< virtual time
   /// The n-th write that the rank posts (on `rail`) from now on, from 1. kFailWrites and kLosePieces begin
   /// with that write, everything else happens right after it.
-  std::optional<uint64_t> at_post;
+  std::optional<uint64_t> at_post = std::nullopt;
 
   uint64_t writes = 1;  ///< kFailWrites, kLosePieces: how many are struck
   uint32_t losses = 3;  ///< kLosePieces: at most 254
   /// kRefusePosts, kFreeze; empty: for ever.
-  std::optional<std::chrono::nanoseconds> duration;
+  std::optional<std::chrono::nanoseconds> duration = std::nullopt;
   AfterDeath after_death = AfterDeath::kRefuses;  ///< kDie
   /// kDie: if set, all that it had posted lands in full, but only that much later.
-  std::optional<std::chrono::nanoseconds> late_by;
+  std::optional<std::chrono::nanoseconds> late_by = std::nullopt;
 };
 
 }  // namespace efa_ep

@@ -23,6 +23,11 @@ EmulatedNetwork::EmulatedNetwork(EmulatedNetworkOptions options)
 // --- time
 // ----------------------------------------------------------------------------------------------------
 
+std::optional<std::chrono::nanoseconds> EmulatedNetwork::next_event() const {
+  if (events_.empty()) return std::nullopt;
+  return std::chrono::ceil<std::chrono::nanoseconds>(events_.next_time());
+}
+
 bool EmulatedNetwork::advance() {
   if (events_.empty()) return false;
   const Picoseconds time = events_.next_time();

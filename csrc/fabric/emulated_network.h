@@ -37,7 +37,7 @@
 namespace efa_ep {
 
 struct EmulatedNetworkOptions {
-  EmulatedProfile profile;
+  EmulatedProfile profile = {};
   uint64_t seed = 1;
   size_t logged_events = 0;    ///< of the trace; 0: only its hash
   bool check_sources = false;  ///< count writes whose source changed before their completion; reads it twice
@@ -69,6 +69,8 @@ class EmulatedNetwork {
   const DeadlineClock& clock() const { return clock_; }
   std::chrono::nanoseconds now() const { return clock_.nanoseconds(); }
 
+  /// When the next event will happen; empty if there is none.
+  std::optional<std::chrono::nanoseconds> next_event() const;
   /// Goes to the next event and lets happen all that happens in that moment. False if there is no event.
   bool advance();
   /// Goes to `time` (not back), through all events on the way.
