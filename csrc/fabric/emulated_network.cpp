@@ -41,9 +41,15 @@ void EmulatedNetwork::advance_to(std::chrono::nanoseconds time) {
   clock_.set(std::max<Picoseconds>(clock_.time(), time));
 }
 
-bool EmulatedNetwork::advance_until_woken() {
+bool EmulatedNetwork::advance_until_woken(std::chrono::nanoseconds limit) {
+  // Picoseconds reach less far than nanoseconds.
+  const Picoseconds end = limit == kForEver ? Picoseconds::max() : Picoseconds(limit);
   while (woken_.empty()) {
-    if (!advance()) return false;
+    if (events_.empty() || events_.next_time() > end) {
+      if (limit != kForEver) advance_to(limit);
+      return false;
+    }
+    advance();
   }
   return true;
 }

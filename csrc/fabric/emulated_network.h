@@ -59,6 +59,8 @@ struct EmulatedCounters {
 
 class EmulatedNetwork {
  public:
+  static constexpr auto kForEver = std::chrono::nanoseconds::max();
+
   /// Throws ConfigurationError for a profile that makes no sense.
   explicit EmulatedNetwork(EmulatedNetworkOptions options);
   EmulatedNetwork(const EmulatedNetwork&) = delete;
@@ -75,8 +77,9 @@ class EmulatedNetwork {
   bool advance();
   /// Goes to `time` (not back), through all events on the way.
   void advance_to(std::chrono::nanoseconds time);
-  /// Goes on until some rank has something new to see. False if the events end before that.
-  bool advance_until_woken();
+  /// Goes on until some rank has something new to see, but not beyond `limit`. False if nobody has by then; a
+  /// limit that is not for ever is then the time.
+  bool advance_until_woken(std::chrono::nanoseconds limit = kForEver);
   /// Ranks with a completion to poll, or a freeze or refusal that has ended, since the last call; in the
   /// order in which that happened.
   std::vector<uint32_t> take_woken();

@@ -1,6 +1,7 @@
 // Bare ranks on an emulated network, and a record of what each was told and when.
 #pragma once
 
+#include <errno.h>
 #include <gtest/gtest.h>
 
 #include <array>
@@ -8,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "fabric/emulated_fabric.h"
@@ -34,6 +36,13 @@ inline EmulatedProfile plain_profile() {
   profile.retransmit_timeout = 50us;
   profile.unreachable_after = 10ms;
   return profile;
+}
+
+/// The command that repeats the test that is running.
+inline std::string replay(uint64_t seed) {
+  const auto* test = ::testing::UnitTest::GetInstance()->current_test_info();
+  return "replay: TEST_SEED=" + std::to_string(seed) + " " + program_invocation_name +
+         " --gtest_filter=" + test->test_suite_name() + "." + test->name();
 }
 
 /// Something that a rank was told.
@@ -136,7 +145,7 @@ class EmulatedTest : public ::testing::Test {
   std::vector<TestMemory> memories_;
   std::map<uint32_t, std::unique_ptr<EmulatedFabric>> fabrics_;  // by rank
   std::vector<Told> told_;
-  const ::testing::ScopedTrace trace_{__FILE__, __LINE__, ::testing::Message() << "TEST_SEED=" << seed_};
+  const ::testing::ScopedTrace trace_{__FILE__, __LINE__, replay(seed_)};
 };
 
 }  // namespace efa_ep

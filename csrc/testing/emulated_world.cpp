@@ -1,0 +1,242 @@
+#include "testing/emulated_world.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+namespace efa_ep {
+namespace {
+
+// Large zeroed allocations cost no memory before they are written.
+std::byte* allocate_zeroed(size_t bytes) {
+  auto* memory = static_cast<std::byte*>(std::calloc(bytes, 1));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+}  // namespace
+
+EmulatedWorld::EmulatedWorld(const EmulatedWorldOptions& options)
+    : options_(options),
+      network_(options.network),
+      random_(options.network.seed),
+      ranks_(options.layout.topology.world) {
+  const uint32_t world = options_.layout.topology.world;
+  for (uint32_t rank = 0; rank < world; ++rank) {
+    const size_t bytes = options_.layout.total_bytes();
+    ranks_[rank].arena.reset(allocate_zeroed(bytes));
+    ranks_[rank].fabric = std::make_unique<EmulatedFabric>(network_, rank);
+    ranks_[rank].fabric->register_memory(ranks_[rank].arena.get(), bytes);
+    ranks_[rank].channels.resize(options_.layout.channels);
+  }
+  for (uint32_t rank = 0; rank < world; ++rank) connect(rank);
+  for (uint32_t rank = 0; rank < world; ++rank) make_device(rank);
+}
+
+void EmulatedWorld::connect(uint32_t rank) {
+  const Topology& topology = options_.layout.topology;
+  for (uint32_t node = 0; node < topology.nodes(); ++node) {
+    const uint32_t peer = topology.rail_peer(rank, node);
+    if (peer != rank) ranks_[rank].fabric->connect(peer, ranks_[peer].fabric->address());
+  }
+}
+
+void EmulatedWorld::make_device(uint32_t index) {
+  Rank& rank = ranks_[index];
+  const Topology& topology = options_.layout.topology;
+  if (topology.nodes() > 1) {
+    rank.proxy = std::make_unique<Proxy>(*rank.fabric, rank.arena.get(),
+                                         ProxyOptions{.layout = options_.layout,
+                                                      .rank = index,
+                                                      .chunk_bytes = options_.chunk_bytes,
+                                                      .ring_commands = options_.ring_commands,
+                                                      .timeout = options_.timeout,
+                                                      .clock = &network_.clock()},
+                                         false);
+  }
+  std::vector<std::byte*> arenas;
+  for (uint32_t local = 0; local < topology.ranks_per_node; ++local) {
+    arenas.push_back(ranks_[topology.rank_at(topology.node_of(index), local)].arena.get());
+  }
+  CpuDeviceOptions device;
+  device.layout = options_.layout;
+  device.rank = index;
+  device.expert_owner = options_.expert_owner;
+  device.combine_type = options_.combine_type;
+  device.per_expert = options_.per_expert;
+  // The world waits in the device's stead. A device that has to wait all the same says so at once.
+  device.timeout = std::chrono::nanoseconds::zero();
+  rank.device = std::make_unique<CpuDevice>(device, arenas, rank.proxy.get());
+}
+
+void EmulatedWorld::inject_before(Half half, const EmulatedTurn& turn, const Fault& fault) {
+  faults_.push_back({half, turn, fault});
+}
+
+void EmulatedWorld::run(EmulatedWorkload& workload, uint32_t rounds) {
+  workload_ = &workload;
+  for (uint32_t rank = 0; rank < ranks_.size(); ++rank) {
+    for (Channel& channel : ranks_[rank].channels) {
+      channel.last += rounds;
+      channel.since = network_.now();
+    }
+    enqueue(rank);
+  }
+  while (true) {
+    while (!queue_.empty()) step(take_queued());
+    const bool woken = network_.advance_until_woken(no_deadline_before_);
+    for (const uint32_t rank : network_.take_woken()) enqueue(rank);
+    if (woken) continue;
+    if (no_deadline_before_ == EmulatedNetwork::kForEver) return;
+    no_deadline_before_ = earliest_deadline();
+    if (no_deadline_before_ <= network_.now()) expire();
+  }
+}
+
+void EmulatedWorld::enqueue(uint32_t rank) {
+  if (std::exchange(ranks_[rank].queued, true)) return;
+  queue_.push_back(rank);
+}
+
+uint32_t EmulatedWorld::take_queued() {
+  std::swap(queue_[random_() % queue_.size()], queue_.back());
+  const uint32_t rank = queue_.back();
+  queue_.pop_back();
+  ranks_[rank].queued = false;
+  return rank;
+}
+
+// One half at most on each channel, so that the others may overtake this rank anywhere.
+void EmulatedWorld::step(uint32_t index) {
+  Rank& rank = ranks_[index];
+  if (rank.error || !network_.alive(index) || network_.frozen(index)) return;
+  no_deadline_before_ = std::min(no_deadline_before_, deadline_of(index));
+  bool moved = false;
+  while (rank.proxy && rank.proxy->help()) moved = true;
+  guard(index, [&] {
+    if (rank.proxy) rank.proxy->throw_if_failed();
+    for (uint32_t channel = 0; channel < rank.channels.size(); ++channel) {
+      moved |= advance_channel(index, channel);
+    }
+  });
+  if (!moved) return;
+  // What this rank did may be what a rank of its node waits for.
+  const Topology& topology = options_.layout.topology;
+  for (uint32_t local = 0; local < topology.ranks_per_node; ++local) {
+    enqueue(topology.rank_at(topology.node_of(index), local));
+  }
+}
+
+bool EmulatedWorld::advance_channel(uint32_t index, uint32_t channel_index) {
+  const Channel& channel = ranks_[index].channels[channel_index];
+  if (!is_running(index, channel)) return false;
+  inject_due(turn_of(index, channel_index), channel.half);
+  if (!is_running(index, channel) || !may_finish(index, channel_index)) return false;
+  finish_half(index, channel_index);
+  return true;
+}
+
+// Whether the next half would not wait.
+bool EmulatedWorld::may_finish(uint32_t index, uint32_t channel_index) {
+  Rank& rank = ranks_[index];
+  switch (rank.channels[channel_index].half) {
+    case Half::kDispatchSend:
+      return !rank.proxy || rank.proxy->unfinished_destinations().empty();
+    case Half::kDispatchRecv:
+      return rank.device->dispatch_ready(channel_index);
+    case Half::kCombineSend:
+      return true;
+    case Half::kCombineRecv:
+      return rank.device->combine_ready(channel_index);
+  }
+  return false;
+}
+
+void EmulatedWorld::finish_half(uint32_t index, uint32_t channel_index) {
+  Rank& rank = ranks_[index];
+  Channel& channel = rank.channels[channel_index];
+  CpuDevice& device = *rank.device;
+  const EmulatedTurn turn = turn_of(index, channel_index);
+  switch (channel.half) {
+    case Half::kDispatchSend:
+      device.dispatch_send(channel_index, workload_->tokens(turn));
+      channel.half = Half::kDispatchRecv;
+      break;
+    case Half::kDispatchRecv: {
+      const uint64_t before = std::exchange(rank.received_rows, device.counters().received_rows);
+      const auto rows = static_cast<uint32_t>(rank.received_rows - before);
+      device.dispatch_pack(channel_index, workload_->receive(turn, rows));
+      channel.half = Half::kCombineSend;
+      break;
+    }
+    case Half::kCombineSend:
+      device.combine_send(channel_index, workload_->results(turn));
+      channel.half = Half::kCombineRecv;
+      break;
+    case Half::kCombineRecv:
+      device.combine_recv(channel_index, workload_->output(turn));
+      workload_->finished(turn);
+      channel.half = Half::kDispatchSend;
+      ++channel.finished;
+      break;
+  }
+  channel.since = network_.now();
+}
+
+void EmulatedWorld::inject_due(const EmulatedTurn& turn, Half half) {
+  const auto is_due = [&](const HalfFault& fault) {
+    return fault.half == half && fault.turn.rank == turn.rank && fault.turn.channel == turn.channel &&
+           fault.turn.round == turn.round;
+  };
+  for (const HalfFault& fault : faults_) {
+    if (is_due(fault)) network_.inject(fault.fault);
+  }
+  std::erase_if(faults_, is_due);
+}
+
+// Whether it can be waited for: its next half belongs to a round that is to be run.
+bool EmulatedWorld::is_running(uint32_t index, const Channel& channel) const {
+  return !ranks_[index].error && channel.finished < channel.last && network_.alive(index) &&
+         !network_.frozen(index);
+}
+
+std::chrono::nanoseconds EmulatedWorld::deadline_of(uint32_t rank) const {
+  auto earliest = EmulatedNetwork::kForEver;
+  for (const Channel& channel : ranks_[rank].channels) {
+    if (is_running(rank, channel)) earliest = std::min(earliest, channel.since + options_.timeout);
+  }
+  return earliest;
+}
+
+std::chrono::nanoseconds EmulatedWorld::earliest_deadline() const {
+  auto earliest = EmulatedNetwork::kForEver;
+  for (uint32_t rank = 0; rank < ranks_.size(); ++rank) earliest = std::min(earliest, deadline_of(rank));
+  return earliest;
+}
+
+// Halves whose time is over: their devices say whom they wait for.
+void EmulatedWorld::expire() {
+  for (uint32_t index = 0; index < ranks_.size(); ++index) {
+    for (uint32_t channel_index = 0; channel_index < ranks_[index].channels.size(); ++channel_index) {
+      const Channel& channel = ranks_[index].channels[channel_index];
+      if (!is_running(index, channel) || channel.since + options_.timeout > network_.now()) continue;
+      guard(index, [&] {
+        // The receiving half's check that does not wait has just failed; the one that waits names names.
+        if (channel.half == Half::kDispatchRecv) ranks_[index].device->dispatch_wait(channel_index);
+        finish_half(index, channel_index);
+      });
+      enqueue(index);
+    }
+  }
+}
+
+void EmulatedWorld::guard(uint32_t rank, const std::function<void()>& work) {
+  try {
+    work();
+  } catch (...) {  // whatever it is, the owner of the world looks at it
+    ranks_[rank].error = std::current_exception();
+  }
+}
+
+}  // namespace efa_ep
