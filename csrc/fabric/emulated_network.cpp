@@ -45,10 +45,7 @@ bool EmulatedNetwork::advance_until_woken(std::chrono::nanoseconds limit) {
   // Picoseconds reach less far than nanoseconds.
   const Picoseconds end = limit == kForEver ? Picoseconds::max() : Picoseconds(limit);
   while (woken_.empty()) {
-    if (events_.empty() || events_.next_time() > end) {
-      if (limit != kForEver) advance_to(limit);
-      return false;
-    }
+    if (events_.empty() || events_.next_time() > end) return false;
     advance();
   }
   return true;

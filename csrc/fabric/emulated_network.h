@@ -77,8 +77,8 @@ class EmulatedNetwork {
   bool advance();
   /// Goes to `time` (not back), through all events on the way.
   void advance_to(std::chrono::nanoseconds time);
-  /// Goes on until some rank has something new to see, but not beyond `limit`. False if nobody has by then; a
-  /// limit that is not for ever is then the time.
+  /// Goes from event to event, none of them after `limit`, until some rank has something new to see. False if
+  /// nobody has by then.
   bool advance_until_woken(std::chrono::nanoseconds limit = kForEver);
   /// Ranks with a completion to poll, or a freeze or refusal that has ended, since the last call; in the
   /// order in which that happened.

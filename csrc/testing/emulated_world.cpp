@@ -88,9 +88,11 @@ void EmulatedWorld::run(EmulatedWorkload& workload, uint32_t rounds) {
     const bool woken = network_.advance_until_woken(no_deadline_before_);
     for (const uint32_t rank : network_.take_woken()) enqueue(rank);
     if (woken) continue;
-    if (no_deadline_before_ == EmulatedNetwork::kForEver) return;
-    no_deadline_before_ = earliest_deadline();
-    if (no_deadline_before_ <= network_.now()) expire();
+    const auto deadline = earliest_deadline();
+    if (deadline > std::exchange(no_deadline_before_, deadline)) continue;
+    if (deadline == EmulatedNetwork::kForEver) return;
+    network_.advance_to(deadline);
+    expire();
   }
 }
 

@@ -129,7 +129,7 @@ class EmulatedWorld {
   std::vector<Rank> ranks_;
   std::vector<uint32_t> queue_;  // ranks that may have something to do
   std::vector<HalfFault> faults_;
-  std::chrono::nanoseconds no_deadline_before_{};
+  std::chrono::nanoseconds no_deadline_before_{};  // saves asking every rank after every event
   EmulatedWorkload* workload_ = nullptr;
 };
 

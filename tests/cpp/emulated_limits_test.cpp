@@ -239,7 +239,7 @@ TEST_F(EmulatedLimits, RanksAreWokenByWhatTheyCanPoll) {
   EXPECT_FALSE(network_->advance_until_woken());
   post(0, 1, 10);
   EXPECT_FALSE(network_->advance_until_woken(12us));
-  EXPECT_EQ(network_->now(), 12us);
+  EXPECT_LE(network_->now(), 12us);
   EXPECT_TRUE(network_->advance_until_woken(1s));
   network_->advance_to(1s);
   EXPECT_EQ(network_->now(), 1s);
