@@ -191,29 +191,27 @@ PostResult EmulatedNetwork::post(uint32_t endpoint, const WriteRequest& request)
 
 const EmulatedNetwork::Endpoint::Peer& EmulatedNetwork::check_request(const Endpoint& source,
                                                                       const WriteRequest& request) const {
-  const std::string what =
-      "a write of " + std::to_string(request.bytes) + " bytes to rank " + std::to_string(request.peer) + " ";
+  const auto refuse = [&](const std::string& why) {
+    throw ConfigurationError("a write of " + std::to_string(request.bytes) + " bytes to rank " +
+                             std::to_string(request.peer) + " " + why);
+  };
   if (request.rail >= source.nics.size()) {
-    throw ConfigurationError(what + "names NIC " + std::to_string(request.rail) + " of " +
-                             std::to_string(source.nics.size()));
+    refuse("names NIC " + std::to_string(request.rail) + " of " + std::to_string(source.nics.size()));
   }
   const auto peer = source.peers.find(request.peer);
   if (peer == source.peers.end()) {
-    throw ConfigurationError(what + "comes before connect(); connect it before writing to it");
+    refuse("comes before connect(); connect it before writing to it");
   }
   if (request.bytes > options_.profile.max_write_bytes) {
-    throw ConfigurationError(what + "is longer than " + std::to_string(options_.profile.max_write_bytes) +
-                             "; use smaller chunks");
+    refuse("is longer than " + std::to_string(options_.profile.max_write_bytes) + "; use smaller chunks");
   }
   if (source.alive && outside(request.local_offset, request.bytes, source.memory.size())) {
-    throw ConfigurationError(what + "at local offset " + std::to_string(request.local_offset) +
-                             " leaves the registered memory of " + std::to_string(source.memory.size()) +
-                             " bytes");
+    refuse("at local offset " + std::to_string(request.local_offset) + " leaves the registered memory of " +
+           std::to_string(source.memory.size()) + " bytes");
   }
   if (outside(request.remote_offset, request.bytes, peer->second.memory_bytes)) {
-    throw ConfigurationError(what + "at remote offset " + std::to_string(request.remote_offset) +
-                             " leaves the registered memory of " + std::to_string(peer->second.memory_bytes) +
-                             " bytes");
+    refuse("at remote offset " + std::to_string(request.remote_offset) + " leaves the registered memory of " +
+           std::to_string(peer->second.memory_bytes) + " bytes");
   }
   return peer->second;
 }

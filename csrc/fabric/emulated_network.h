@@ -134,7 +134,7 @@ class EmulatedNetwork {
   void process(const Event& event);
   void schedule(Picoseconds time, const Event& event) { events_.push(time, event); }
   void schedule_write(Picoseconds time, Event::Kind kind, uint32_t write, EmulatedPiece piece = {},
-                      EfaStatus status = EfaStatus::kFlushed);
+                      EfaStatus status = EfaStatus::kOk);
   void process_write(const Event& event);
   const Endpoint::Peer& check_request(const Endpoint& source, const WriteRequest& request) const;
   uint32_t create_write(Endpoint& source, const Endpoint::Peer& target, const WriteRequest& request);

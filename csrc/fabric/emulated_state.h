@@ -20,6 +20,7 @@ namespace efa_ep {
 
 /// Completion statuses of EFA devices that the emulation produces (rdma-core, providers/efa/efa_io_defs.h).
 enum class EfaStatus : uint8_t {
+  kOk = 0,
   kFlushed = 1,
   kRemoteBadAddress = 7,
   kRemoteAbort = 8,

@@ -15,6 +15,8 @@ std::string text_of(EfaStatus status) {
     return "EFA status " + std::to_string(static_cast<int>(status)) + ", " + name + ": " + why;
   };
   switch (status) {
+    case EfaStatus::kOk:
+      return describe("OK", "no error");
     case EfaStatus::kFlushed:
       return describe("FLUSHED", "the NIC of this rank is gone");
     case EfaStatus::kRemoteBadAddress:

@@ -17,6 +17,15 @@ std::byte* allocate_zeroed(size_t bytes) {
 
 }  // namespace
 
+template <class Work>
+void EmulatedWorld::guard(uint32_t rank, const Work& work) {
+  try {
+    work();
+  } catch (...) {  // whatever it is, the owner of the world looks at it
+    ranks_[rank].error = std::current_exception();
+  }
+}
+
 EmulatedWorld::EmulatedWorld(const EmulatedWorldOptions& options)
     : options_(options),
       network_(options.network),
@@ -230,14 +239,6 @@ void EmulatedWorld::expire() {
       });
       enqueue(index);
     }
-  }
-}
-
-void EmulatedWorld::guard(uint32_t rank, const std::function<void()>& work) {
-  try {
-    work();
-  } catch (...) {  // whatever it is, the owner of the world looks at it
-    ranks_[rank].error = std::current_exception();
   }
 }
 

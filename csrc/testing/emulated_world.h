@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <random>
@@ -118,7 +117,8 @@ class EmulatedWorld {
   std::chrono::nanoseconds deadline_of(uint32_t rank) const;
   std::chrono::nanoseconds earliest_deadline() const;
   void expire();
-  void guard(uint32_t rank, const std::function<void()>& work);
+  template <class Work>
+  void guard(uint32_t rank, const Work& work);
   EmulatedTurn turn_of(uint32_t rank, uint32_t channel) const {
     return {rank, channel, ranks_[rank].channels[channel].finished + 1};
   }

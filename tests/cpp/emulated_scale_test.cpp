@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 
 #include "emulated_world_fixture.h"
-#include "protocol/chunking.h"
 
 namespace efa_ep {
 namespace {

@@ -109,8 +109,8 @@ inline EmulatedWorldOptions options_of(const WorldConfig& config, const Emulated
 inline WorldConfig emulated_config(uint32_t nodes, uint32_t ranks_per_node, uint64_t seed) {
   WorldConfig config;
   config.layout.topology = {nodes * ranks_per_node, ranks_per_node};
-  config.layout.row = {.top_k = 4, .payload_bytes = 48, .scale_bytes = 4, .combine_bytes = 32};
-  config.layout.max_tokens = 5;
+  config.layout.row = {.top_k = 3, .payload_bytes = 48, .scale_bytes = 4, .combine_bytes = 32};
+  config.layout.max_tokens = 4;
   for (uint32_t expert = 0; expert < 2 * config.world(); ++expert) {
     config.expert_owner.push_back(expert % config.world());
   }

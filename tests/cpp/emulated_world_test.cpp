@@ -2,12 +2,11 @@
 // network does.
 #include <gtest/gtest.h>
 
-#include <chrono>
+#include <algorithm>
+#include <set>
 #include <string>
-#include <utility>
 
 #include "emulated_world_fixture.h"
-#include "protocol/chunking.h"
 
 namespace efa_ep {
 namespace {
@@ -27,7 +26,8 @@ uint64_t run_world(const WorldConfig& config, const EmulatedProfile& profile, Pl
 
 class EmulatedLayouts : public ::testing::TestWithParam<uint32_t> {};
 
-INSTANTIATE_TEST_SUITE_P(Nodes, EmulatedLayouts, ::testing::Range(1U, 17U));
+INSTANTIATE_TEST_SUITE_P(Nodes, EmulatedLayouts, ::testing::Range(1U, 17U),
+                         [](const auto& info) { return std::to_string(info.param) + "Nodes"; });
 
 TEST_P(EmulatedLayouts, MatchThePlan) {
   const uint64_t seed = test_seed(61);
@@ -35,10 +35,9 @@ TEST_P(EmulatedLayouts, MatchThePlan) {
     WorldConfig config = emulated_config(GetParam(), ranks_per_node, seed);
     config.per_expert = ranks_per_node % 2 == 0;
     config.layout.channels = 1 + (GetParam() + ranks_per_node) % 2;
-    config.rounds = amount(3, 20);
+    config.rounds = amount(2, 20);
     PlannedWorkload workload(config, config.rounds);
     run_world(config, emulated_profile("hostile"), workload);
-    run_world(config, emulated_profile("p5en"), workload);
   }
 }
 
@@ -51,11 +50,11 @@ TEST(EmulatedWorlds, ResultsAreEqualForAllSeeds) {
   config.rounds = 3;
   PlannedWorkload workload(config, config.rounds);
   std::set<uint64_t> hashes;
-  const uint32_t seeds = amount(300, 1000);
-  for (config.seed = seed; config.seed < seed + seeds && !::testing::Test::HasFailure(); ++config.seed) {
+  constexpr uint32_t kSeeds = 1000;
+  for (config.seed = seed; config.seed < seed + kSeeds && !::testing::Test::HasFailure(); ++config.seed) {
     hashes.insert(run_world(config, emulated_profile("hostile"), workload));
   }
-  EXPECT_EQ(hashes.size(), seeds);
+  EXPECT_EQ(hashes.size(), kSeeds);
 }
 
 TEST(EmulatedWorlds, OneSeedIsOneRun) {
