@@ -101,6 +101,20 @@ TEST(EmulatedWorlds, PostAsManyWritesAsTheFormulaSays) {
   }
 }
 
+// A rank may hear of its peer's next dispatch before the acknowledgement of what that peer has read: it must
+// not make new results where the unacknowledged ones lie.
+TEST(EmulatedWorlds, KeepResultsUntilTheirWritesAreComplete) {
+  WorldConfig config = emulated_config(2, 1, test_seed(66));
+  config.layout.max_tokens = 1;  // one piece per write, so that one jitter decides
+  config.routing = Routing::kDistinct;
+  config.rounds = 500;
+  EmulatedProfile profile = emulated_profile("hostile");
+  profile.mtu = 4096;
+  profile.lost_pieces_per_million = 0;
+  PlannedWorkload workload(config, config.rounds);
+  run_world(config, profile, workload);
+}
+
 // Rounds clock themselves past the wrap of the round tag.
 TEST(EmulatedWorlds, RunHundredsOfRounds) {
   WorldConfig config = emulated_config(4, 1, test_seed(65));
