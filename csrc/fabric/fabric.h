@@ -4,7 +4,8 @@
 //  - writes complete and arrive in any order, also between the same two endpoints; the bytes of one write
 //  become
 //    visible in any order; only the write's immediate, reported by poll(), says that its bytes are there;
-//  - one local and one remote range per write, a 32-bit immediate, no fence, no atomics;
+//  - one local and one remote range per write, a 32-bit immediate, no atomics; a fence only where the
+//    description says so;
 //  - the queue is bounded: post_write() answers kAgain, and only poll() makes room;
 //  - a target accepts writes only from peers it has connect()ed;
 //  - a completion may report an error, and the death of a peer may not be reported at all.
@@ -20,7 +21,14 @@
 
 namespace efa_ep {
 
-/// One RDMA write with immediate data, from and to registered arenas.
+/// What of its sender's is posted in full with this write: how signal policies know what shares a wait.
+enum class Ends : uint8_t {
+  kNothing,   ///< more writes of the same transfer to this peer follow
+  kTransfer,  ///< more transfers of the same group to this peer follow
+  kGroup,
+};
+
+/// One RDMA write, with immediate data unless it is silent, from and to registered arenas.
 struct WriteRequest {
   uint32_t peer = 0;           ///< rank of the target, connected before
   uint32_t rail = 0;           ///< local NIC, and the target's NIC with the same number; < Fabric::rails()
@@ -29,6 +37,13 @@ struct WriteRequest {
   uint32_t bytes = 0;          ///< may be 0: the immediate alone
   uint32_t immediate = 0;
   uint64_t context = 0;  ///< comes back in the completion of this write
+
+  bool notify = true;      ///< false: bytes alone; the target gets no immediate and learns nothing
+  bool delivered = false;  ///< the completion also means that the bytes are visible at the target
+  /// This write and all later ones to `peer` on `rail` start when all earlier ones are visible there. Only
+  /// where FabricDescription::honours_fence; ConfigurationError elsewhere.
+  bool fence = false;
+  Ends ends = Ends::kGroup;  ///< ignored by fabrics
 };
 
 enum class PostResult : uint8_t {
@@ -58,6 +73,7 @@ struct FabricDescription {
   uint32_t send_queue_depth = 0;        ///< most writes in flight per rail
   uint32_t completion_queue_depth = 0;  ///< most unpolled completions per rail, arrivals included
   uint64_t max_write_bytes = 0;
+  bool honours_fence = false;  ///< WriteRequest::fence works
 };
 
 class Fabric {

@@ -24,6 +24,7 @@ LibfabricFabric::LibfabricFabric(const LibfabricOptions& options) {
   description_.send_queue_depth = rail.send_queue_depth();
   description_.completion_queue_depth = rail.completion_queue_depth();
   description_.max_write_bytes = rail.max_write_bytes();
+  description_.honours_fence = rail.honours_fence();
 
   identity_.library_major = library.major();
   identity_.library_minor = library.minor();

@@ -66,9 +66,9 @@ InfoPtr duplicate(const fi_info* info) {
   return copy;
 }
 
-InfoPtr make_hints(const Candidate& candidate, uint64_t mode) {
+InfoPtr make_hints(const Candidate& candidate, uint64_t capabilities, uint64_t mode) {
   InfoPtr hints = duplicate(nullptr);
-  hints->caps = FI_MSG | FI_RMA;
+  hints->caps = capabilities;
   hints->mode = mode;
   hints->ep_attr->type = FI_EP_RDM;
   hints->domain_attr->mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY;
@@ -81,9 +81,9 @@ InfoPtr make_hints(const Candidate& candidate, uint64_t mode) {
   return hints;
 }
 
-std::vector<InfoPtr> query(const LibfabricLibrary& library, const Candidate& candidate, uint64_t mode,
-                           int& result) {
-  const InfoPtr hints = make_hints(candidate, mode);
+std::vector<InfoPtr> query(const LibfabricLibrary& library, const Candidate& candidate, uint64_t capabilities,
+                           uint64_t mode, int& result) {
+  const InfoPtr hints = make_hints(candidate, capabilities, mode);
   fi_info* list = nullptr;
   result = fi_getinfo(library.api_version(), nullptr, nullptr, 0, hints.get(), &list);
   const InfoPtr owner(result == 0 ? list : nullptr);
@@ -99,14 +99,18 @@ std::vector<InfoPtr> query(const LibfabricLibrary& library, const Candidate& can
   return found;
 }
 
-/// All interfaces on which the candidate works; if there are none, `tried` gets the reason.
-std::vector<InfoPtr> find_interfaces(const LibfabricLibrary& library, const Candidate& candidate,
+/// All interfaces on which the candidate works, with fences if they are asked for and granted; if there are
+/// none, `tried` gets the reason.
+std::vector<InfoPtr> find_interfaces(const LibfabricLibrary& library, const Candidate& candidate, bool fence,
                                      std::string& tried) {
+  constexpr uint64_t kNeeded = FI_MSG | FI_RMA;
   // Offering FI_RX_CQ_DATA turns EFA's unsolicited write receive off, and every immediate would consume a
   // posted receive. So it is offered only to devices that cannot do without.
   int result = 0;
-  std::vector<InfoPtr> found = query(library, candidate, FI_CONTEXT2, result);
-  if (result == -FI_ENODATA) found = query(library, candidate, FI_CONTEXT2 | FI_RX_CQ_DATA, result);
+  std::vector<InfoPtr> found;
+  if (fence) found = query(library, candidate, kNeeded | FI_FENCE, FI_CONTEXT2, result);
+  if (found.empty()) found = query(library, candidate, kNeeded, FI_CONTEXT2, result);
+  if (result == -FI_ENODATA) found = query(library, candidate, kNeeded, FI_CONTEXT2 | FI_RX_CQ_DATA, result);
   if (found.empty()) {
     const std::string& name = candidate.fabric.empty() ? candidate.provider : candidate.fabric;
     tried += (tried.empty() ? "" : ", ") + name + ": " + libfabric_error(result);
@@ -185,7 +189,7 @@ ProviderChoice choose_automatically(const LibfabricLibrary& library, const Libfa
   std::string tried;
   for (const char* name : {"efa-direct", "efa"}) {
     const Candidate candidate = candidate_named(name, library);
-    auto found = find_interfaces(library, candidate, tried);
+    auto found = find_interfaces(library, candidate, options.fence, tried);
     if (!found.empty()) return choose_nics(candidate, std::move(found), options);
   }
   const std::vector<std::string> devices = efa_devices(options.sysfs_class);
@@ -197,7 +201,7 @@ ProviderChoice choose_automatically(const LibfabricLibrary& library, const Libfa
         "EFA_EP_PROVIDER=tcp to accept TCP instead.");
   }
   const Candidate candidate = candidate_named("tcp", library);
-  auto found = find_interfaces(library, candidate, tried);
+  auto found = find_interfaces(library, candidate, options.fence, tried);
   if (!found.empty()) return choose_nics(candidate, std::move(found), options);
   throw FabricUnavailableError(
       "no provider of " + describe(library) + " works on this machine: " + tried +
@@ -223,7 +227,7 @@ ProviderChoice choose_provider(const LibfabricLibrary& library, const LibfabricO
   refuse_unusable(options.provider);
   const Candidate candidate = candidate_named(options.provider, library);
   std::string tried;
-  auto found = find_interfaces(library, candidate, tried);
+  auto found = find_interfaces(library, candidate, options.fence, tried);
   if (!found.empty()) return choose_nics(candidate, std::move(found), options);
   const std::set<std::string> known = known_providers(library);
   if (!known.contains(candidate.provider.substr(0, candidate.provider.find(';')))) {

@@ -23,6 +23,7 @@ struct LibfabricOptions {
   uint32_t nics = 0;           ///< NICs of this rank; 0: on EFA the host's NICs divided by its ranks, else 1
   uint32_t local_rank = 0;     ///< this rank's number on its host
   uint32_t ranks_on_host = 1;  ///< how many ranks share the host's NICs
+  bool fence = false;  ///< ask for FI_FENCE; whether it was granted is FabricDescription::honours_fence
   uint32_t peers = 0;  ///< how many peers will be connected; sizes address vectors and completion queues
 
   /// Where the kernel lists devices; tests point it elsewhere.

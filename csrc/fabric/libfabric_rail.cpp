@@ -217,6 +217,11 @@ const LibfabricRail::Peer& LibfabricRail::target_of(const WriteRequest& request)
   };
   check("local", request.local_offset, memory_bytes_);
   check("remote", request.remote_offset, target.memory_bytes);
+  if (request.fence && !honours_fence()) {
+    throw ConfigurationError("a fenced write to " + peer_name(request.peer) + " cannot be posted: provider " +
+                             info_->fabric_attr->prov_name + " grants no FI_FENCE on " + name() +
+                             "; use a signal policy without fences (EFA_EP_SIGNAL_POLICY=counted)");
+  }
   return target;
 }
 
@@ -251,7 +256,11 @@ PostResult LibfabricRail::post_write(const WriteRequest& request) {
   message.rma_iov_count = 1;
   message.context = &write.provider_context;
   message.data = request.immediate;
-  const ssize_t result = fi_writemsg(endpoint_.get(), &message, FI_REMOTE_CQ_DATA | FI_COMPLETION);
+  uint64_t flags = FI_COMPLETION;
+  if (request.notify) flags |= FI_REMOTE_CQ_DATA;
+  if (request.delivered) flags |= FI_DELIVERY_COMPLETE;
+  if (request.fence) flags |= FI_FENCE;
+  const ssize_t result = fi_writemsg(endpoint_.get(), &message, flags);
   if (result == -FI_EAGAIN) return PostResult::kAgain;
   if (result != 0) {
     throw TransportError(

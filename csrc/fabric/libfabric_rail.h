@@ -38,6 +38,7 @@ class LibfabricRail {
   uint32_t send_queue_depth() const { return static_cast<uint32_t>(writes_.size()); }
   uint32_t completion_queue_depth() const { return completion_queue_depth_; }
   uint64_t max_write_bytes() const { return max_write_bytes_; }
+  bool honours_fence() const { return (info_->caps & FI_FENCE) != 0; }
 
   void register_memory(std::byte* base, size_t bytes);
   RailAddress address() const;

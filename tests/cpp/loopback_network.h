@@ -31,6 +31,9 @@ class LoopbackNetwork {
     uint32_t send_queue_depth = 16;
     uint32_t completion_queue_depth = 1024;
     uint64_t seed = 1;
+    bool honours_fence = false;  ///< otherwise a fence orders nothing, as on EFA
+    /// As over TCP: who did not ask for delivery may be told of a write while its bytes are on their way.
+    bool early_completions = false;
   };
 
   enum class Fault {
@@ -47,6 +50,8 @@ class LoopbackNetwork {
     uint64_t writes = 0;
     uint64_t bytes = 0;
     uint64_t refusals = 0;
+    uint64_t silent = 0;  ///< writes without an immediate
+    uint64_t fenced = 0;
     uint64_t completions = 0;           ///< own writes, polled
     uint64_t arrivals = 0;              ///< writes of peers, polled
     std::vector<uint32_t> outstanding;  ///< per peer: posted, completion not polled
@@ -61,6 +66,8 @@ class LoopbackNetwork {
     description_.send_queue_depth = options.send_queue_depth;
     description_.completion_queue_depth = options.completion_queue_depth;
     description_.max_write_bytes = uint64_t{1} << 30;
+    description_.honours_fence = options.honours_fence;
+    early_completions_ = options.early_completions;
     for (uint32_t rank = 0; rank < options.ranks; ++rank) {
       endpoints_.push_back(std::make_unique<Endpoint>(*this, rank, options));
     }
@@ -125,6 +132,7 @@ class LoopbackNetwork {
     bool completes = true;                              // the source has not been told
     std::string error;
     std::vector<std::byte> content;  // the source's bytes when it was posted
+    uint64_t number;                 // posts of the whole network before this one
 
     std::byte* from() const { return source->memory.data() + request.local_offset; }
     std::byte* to() const { return target->memory.data() + request.remote_offset; }
@@ -143,7 +151,7 @@ class LoopbackNetwork {
       ++source.traffic.refusals;
       return PostResult::kAgain;
     }
-    Write write{&source, &target, request, {}, true, fault != Fault::kNeverComplete, {}, {}};
+    Write write{&source, &target, request, {}, true, fault != Fault::kNeverComplete, {}, {}, ++posted_};
     write.content.assign(write.from(), write.from() + request.bytes);
     if (fault == Fault::kFail || !target.peers.contains(source.rank)) {
       write.arrives = false;
@@ -158,6 +166,8 @@ class LoopbackNetwork {
     writes_.push_back(std::move(write));
     ++source.in_flight[request.rail];
     ++source.traffic.writes;
+    source.traffic.silent += request.notify ? 0 : 1;
+    source.traffic.fenced += request.fence ? 1 : 0;
     source.traffic.bytes += request.bytes;
     uint32_t& outstanding = source.traffic.outstanding[request.peer];
     uint32_t& most = source.traffic.most_outstanding[request.peer];
@@ -190,16 +200,21 @@ class LoopbackNetwork {
     const size_t chosen = below(writes_.size());
     Write& write = writes_[chosen];
     const WriteRequest& request = write.request;
-    const bool held = completions_held_.load(std::memory_order_relaxed);
-    if (!write.pieces.empty()) {
+    if (must_wait(write)) return;
+    const bool may_complete = write.completes && !completions_held_.load(std::memory_order_relaxed) &&
+                              (write.pieces.empty() || (early_completions_ && !request.delivered));
+    if (!write.pieces.empty() && (!may_complete || below(4) > 0)) {
       const auto [begin, end] = take(write.pieces);
-      std::memcpy(write.to() + begin, write.from() + begin, end - begin);
+      const std::byte* from = write.completes ? write.from() : write.content.data();
+      std::memcpy(write.to() + begin, from + begin, end - begin);
       return;
     }
-    if (write.arrives && (!write.completes || held || below(2) == 0)) {
+    if (write.pieces.empty() && write.arrives && (!may_complete || below(2) == 0)) {
       write.arrives = false;
-      tell(*write.target, {{CompletionKind::kArrival, 0, request.immediate, {}}, request.rail, 0});
-    } else if (write.completes && !held) {
+      if (request.notify) {
+        tell(*write.target, {{CompletionKind::kArrival, 0, request.immediate, {}}, request.rail, 0});
+      }
+    } else if (may_complete) {
       write.completes = false;
       if (!std::equal(write.content.begin(), write.content.end(), write.from())) {
         throw std::logic_error("loopback: rank " + std::to_string(write.source->rank) +
@@ -219,6 +234,21 @@ class LoopbackNetwork {
     }
   }
 
+  // Whether a fence at or before this write has something before it that is not placed.
+  bool must_wait(const Write& write) const {
+    if (!description_.honours_fence) return false;
+    const auto same_way = [&](const Write& other) {
+      return other.source == write.source && other.target == write.target &&
+             other.request.rail == write.request.rail;
+    };
+    return std::any_of(writes_.begin(), writes_.end(), [&](const Write& fence) {
+      return fence.request.fence && fence.number <= write.number && same_way(fence) &&
+             std::any_of(writes_.begin(), writes_.end(), [&](const Write& earlier) {
+               return earlier.number < fence.number && same_way(earlier) && !earlier.pieces.empty();
+             });
+    });
+  }
+
   uint32_t below(size_t bound) { return static_cast<uint32_t>(random_() % bound); }
   template <class T>
   T take(std::vector<T>& from, size_t index) {
@@ -235,10 +265,12 @@ class LoopbackNetwork {
   std::mutex mutex_;
   std::mt19937_64 random_;
   FabricDescription description_;
+  bool early_completions_ = false;
   Rule rule_;
   std::atomic<bool> completions_held_{false};
   std::vector<std::unique_ptr<Endpoint>> endpoints_;
   std::vector<Write> writes_;
+  uint64_t posted_ = 0;
 };
 
 }  // namespace efa_ep
