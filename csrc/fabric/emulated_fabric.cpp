@@ -33,6 +33,7 @@ EmulatedFabric::EmulatedFabric(EmulatedNetwork& network, uint32_t rank)
   description_.send_queue_depth = profile.send_queue_depth;
   description_.completion_queue_depth = profile.completion_queue_depth;
   description_.max_write_bytes = profile.max_write_bytes;
+  description_.honours_fence = profile.honours_fence;
 }
 
 EmulatedFabric::~EmulatedFabric() { network_.close(endpoint_); }

@@ -202,6 +202,10 @@ const EmulatedNetwork::Endpoint::Peer& EmulatedNetwork::check_request(const Endp
   if (peer == source.peers.end()) {
     refuse("comes before connect(); connect it before writing to it");
   }
+  if (request.fence && !options_.profile.honours_fence) {
+    throw ConfigurationError(what + "is fenced, and the emulated network \"" + options_.profile.name +
+                             "\" honours no fence; use a signal policy without fences");
+  }
   if (request.bytes > options_.profile.max_write_bytes) {
     refuse("is longer than " + std::to_string(options_.profile.max_write_bytes) + "; use smaller chunks");
   }
@@ -236,6 +240,11 @@ uint32_t EmulatedNetwork::create_write(Endpoint& source, const Endpoint::Peer& t
   if (options_.check_sources) write.checksum = checksum(write);
 
   Nic& nic = source.nics[request.rail];
+  if (options_.profile.honours_fence) {
+    EmulatedPath& path = nic.paths[write.target];
+    path.unacknowledged.insert(write.number);
+    if (request.fence) path.fences.push_back(write.number);
+  }
   ++nic.in_flight;
   EmulatedCounters& counters = count(source);
   ++counters.posted;

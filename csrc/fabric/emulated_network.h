@@ -166,6 +166,8 @@ class EmulatedNetwork {
   void fail(uint32_t id, EfaStatus status, Picoseconds when);
   void leave_unanswered(uint32_t id, std::optional<EfaStatus> status);
   void take_from_nic(uint32_t id);
+  bool is_fenced_off(uint32_t id);
+  void leave_path(const Write& write);
   uint32_t piece_bytes(const Write& write, EmulatedPiece piece) const;
   Picoseconds transfer_time(uint32_t bytes) const;
   uint64_t checksum(const Write& write) const;

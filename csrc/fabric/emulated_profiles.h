@@ -23,6 +23,7 @@ struct EmulatedProfile {
   uint32_t send_queue_depth = 0;        ///< per NIC
   uint32_t completion_queue_depth = 0;  ///< per NIC
   uint64_t max_write_bytes = 0;
+  bool honours_fence = false;  ///< WriteRequest::fence works, as on fabrics that are not EFA
   /// When a lost piece is sent again, counted from when it should have arrived.
   std::chrono::nanoseconds retransmit_timeout{};
   uint32_t lost_pieces_per_million = 0;

@@ -7,6 +7,7 @@
 #include <deque>
 #include <memory>
 #include <optional>
+#include <set>
 #include <span>
 #include <unordered_map>
 #include <unordered_set>
@@ -62,10 +63,17 @@ struct EmulatedWrite {
   std::vector<std::byte> snapshot;      ///< the source's bytes, once the source is dead
 };
 
+/// Order on the way from a NIC to one target, where fences are honoured.
+struct EmulatedPath {
+  std::set<uint64_t> unacknowledged;  ///< writes, by number
+  std::deque<uint64_t> fences;        ///< fenced writes that may not have started yet
+};
+
 struct EmulatedNic {
   // Outbound.
-  std::deque<uint32_t> queue;     ///< writes it has not begun
-  std::vector<uint32_t> sending;  ///< writes it is sending
+  std::unordered_map<uint32_t, EmulatedPath> paths;  ///< by target; only if the profile honours fences
+  std::deque<uint32_t> queue;                        ///< writes it has not begun
+  std::vector<uint32_t> sending;                     ///< writes it is sending
   Picoseconds next_work_request{0};
   Picoseconds link_free{0};
   bool scheduled = false;  ///< its next turn is in the event queue

@@ -55,12 +55,15 @@ void EmulatedNetwork::send(Endpoint& endpoint, uint32_t rail) {
   Nic& nic = endpoint.nics[rail];
   nic.scheduled = false;
   const EmulatedProfile& profile = options_.profile;
-  while (!nic.queue.empty() && nic.sending.size() < profile.interleaved_writes &&
-         nic.next_work_request <= clock_.time()) {
-    nic.sending.push_back(nic.queue.front());
-    nic.queue.pop_front();
+  while (nic.sending.size() < profile.interleaved_writes && nic.next_work_request <= clock_.time()) {
+    const auto next = std::ranges::find_if(nic.queue, [&](uint32_t id) { return !is_fenced_off(id); });
+    if (next == nic.queue.end()) break;
+    nic.sending.push_back(*next);
+    nic.queue.erase(next);
     nic.next_work_request = after(profile.work_request_interval);
   }
+  // With nothing but fenced writes left it goes on when one before them is acknowledged.
+  if (nic.sending.empty() && nic.next_work_request <= clock_.time()) return;
   if (!nic.sending.empty()) {
     const size_t chosen = below(nic.sending.size());
     const uint32_t id = nic.sending[chosen];
@@ -90,8 +93,26 @@ void EmulatedNetwork::resend(uint32_t id, EmulatedPiece piece) {
   schedule_sending(source, write.request.rail);
 }
 
+bool EmulatedNetwork::is_fenced_off(uint32_t id) {
+  if (!options_.profile.honours_fence) return false;
+  const Write& write = writes_[id];
+  EmulatedPath& path = endpoints_[write.source]->nics[write.request.rail].paths[write.target];
+  const uint64_t first = *path.unacknowledged.begin();
+  while (!path.fences.empty() && path.fences.front() <= first) path.fences.pop_front();
+  return !path.fences.empty() && path.fences.front() <= write.number;
+}
+
+// A write is acknowledged, or never will be: what a fence held back for it may start.
+void EmulatedNetwork::leave_path(const Write& write) {
+  if (!options_.profile.honours_fence) return;
+  Endpoint& source = *endpoints_[write.source];
+  source.nics[write.request.rail].paths[write.target].unacknowledged.erase(write.number);
+  schedule_sending(source, write.request.rail);
+}
+
 void EmulatedNetwork::take_from_nic(uint32_t id) {
   Write& write = writes_[id];
+  leave_path(write);
   Nic& nic = endpoints_[write.source]->nics[write.request.rail];
   std::erase(nic.queue, id);
   std::erase(nic.sending, id);
@@ -138,7 +159,7 @@ void EmulatedNetwork::land(uint32_t id, EmulatedPiece piece) {
   record(TraceKind::kLanded, *endpoints_[write.target], write.request.rail, write.number, piece.index);
   if (++write.landed < write.pieces) return;
   write.phase = Phase::kLanded;
-  schedule_write(clock_.time() + jitter(), Event::Kind::kNotify, id);
+  if (write.request.notify) schedule_write(clock_.time() + jitter(), Event::Kind::kNotify, id);
   schedule_write(after(options_.profile.latency) + jitter(), Event::Kind::kAcknowledge, id);
 }
 
@@ -192,6 +213,7 @@ void EmulatedNetwork::acknowledge(uint32_t id) {
   if (source.alive && source.nics[rail].lost) return report_failure(id, EfaStatus::kFlushed);
   write.phase = Phase::kOver;
   if (!source.alive) return;
+  leave_path(write);
   EmulatedCounters& counters = count(source);
   ++counters.completed;
   if (options_.check_sources && checksum(write) != write.checksum) ++counters.changed_sources;
