@@ -1,7 +1,9 @@
 // The 32 bits of immediate data that travel with every write, and are its completion signal.
 //
-//   31      26 25        24       23         17 16          15            0
-//   | round % 64 | operation | channel | source node | first chunk | value |
+//   31  30      26 25        24       23         17 16          15            0
+//   | 0 | round % 32 | operation | channel | source node | first chunk | value |
+//
+// Bit 31 leaves the other half of the numbers to traffic outside of rounds (tile_immediate.h).
 //
 // `value` is the pair's total number of rows on the first chunk and the chunk's index on every other one:
 // with it the receiver knows how many chunks to count (chunking.h), and needs no order between them. The
@@ -20,7 +22,7 @@ enum class Operation : uint32_t { kDispatch = 0, kCombine = 1 };
 inline constexpr uint32_t kOperations = 2;
 
 struct Immediate {
-  static constexpr uint32_t kRoundPeriod = 64;
+  static constexpr uint32_t kRoundPeriod = 32;
 
   uint32_t round_tag = 0;  ///< round % kRoundPeriod
   Operation operation = Operation::kDispatch;
@@ -36,12 +38,9 @@ struct Immediate {
            source_node << 17 | (first ? 1u : 0u) << 16 | value;
   }
   static constexpr Immediate decode(uint32_t bits) {
-    return {bits >> 26,
-            static_cast<Operation>(bits >> 25 & 1u),
-            bits >> 24 & 1u,
-            bits >> 17 & 0x7Fu,
-            (bits >> 16 & 1u) != 0,
-            bits & 0xFFFFu};
+    return {bits >> 26 & 0x1Fu,     static_cast<Operation>(bits >> 25 & 1u),
+            bits >> 24 & 1u,        bits >> 17 & 0x7Fu,
+            (bits >> 16 & 1u) != 0, bits & 0xFFFFu};
   }
   constexpr bool operator==(const Immediate&) const = default;
 };

@@ -1,6 +1,7 @@
-// The ring through which a device hands chunks to its proxy.
+// The rings through which a device hands work to its proxy.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cstdint>
@@ -16,18 +17,32 @@ struct Command {
   uint32_t local_row = 0;         ///< first row to send, counted from Layout::outgoing()
   uint16_t first_row = 0;         ///< where in the destination's slot it goes
   uint16_t rows = 0;              ///< <= kMaxTokensPerRank
+
+  constexpr std::array<uint64_t, 2> encode() const {
+    return {uint64_t{immediate} << 32 | uint32_t{destination_node} << 1,
+            uint64_t{local_row} << 32 | uint32_t{first_row} << 16 | rows};
+  }
+  static constexpr Command decode(std::array<uint64_t, 2> words) {
+    return {.immediate = static_cast<uint32_t>(words[0] >> 32),
+            .destination_node = static_cast<uint16_t>(static_cast<uint32_t>(words[0]) >> 1),
+            .local_row = static_cast<uint32_t>(words[1] >> 32),
+            .first_row = static_cast<uint16_t>(words[1] >> 16),
+            .rows = static_cast<uint16_t>(words[1])};
+  }
 };
 
-/// Many producers, one consumer, no locks. A slot's second word carries the lap's parity, and is written
-/// last: a slot is full when its parity is that of the consumer's lap.
-class CommandRing {
+/// Many producers, one consumer, no locks. An entry is two words, of which its encode() leaves bit 0 of the
+/// first free. That bit carries the lap's parity, and its word is written last: a slot is full when its
+/// parity is that of the consumer's lap.
+template <class Entry>
+class Ring {
  public:
   /// Rounds the capacity up to a power of two.
-  explicit CommandRing(uint32_t capacity)
+  explicit Ring(uint32_t capacity)
       : capacity_(std::bit_ceil(capacity)), slots_(std::make_unique<Slot[]>(capacity_)) {}
 
   /// Returns false if the ring is full.
-  bool try_push(const Command& command) {
+  bool try_push(const Entry& entry) {
     uint64_t position = head_.load(std::memory_order_relaxed);
     do {
       // Signed: other threads may have moved the tail past a position that was read before.
@@ -35,26 +50,19 @@ class CommandRing {
       if (used >= int64_t{capacity_}) return false;
     } while (!head_.compare_exchange_weak(position, position + 1, std::memory_order_relaxed));
     Slot& slot = slots_[position & (capacity_ - 1)];
-    slot.rows.store(uint64_t{command.local_row} << 32 | uint32_t{command.first_row} << 16 | command.rows,
-                    std::memory_order_relaxed);
-    slot.header.store(
-        uint64_t{command.immediate} << 32 | uint32_t{command.destination_node} << 1 | parity(position),
-        std::memory_order_release);
+    const auto [first, second] = entry.encode();
+    slot.second.store(second, std::memory_order_relaxed);
+    slot.first.store(first | parity(position), std::memory_order_release);
     return true;
   }
 
   /// Returns false if the ring is empty. One consumer at a time.
-  bool try_pop(Command& command) {
+  bool try_pop(Entry& entry) {
     const uint64_t position = tail_.load(std::memory_order_relaxed);
     const Slot& slot = slots_[position & (capacity_ - 1)];
-    const uint64_t header = slot.header.load(std::memory_order_acquire);
-    if ((header & 1) != parity(position)) return false;
-    const uint64_t rows = slot.rows.load(std::memory_order_relaxed);
-    command = {.immediate = static_cast<uint32_t>(header >> 32),
-               .destination_node = static_cast<uint16_t>(static_cast<uint32_t>(header) >> 1),
-               .local_row = static_cast<uint32_t>(rows >> 32),
-               .first_row = static_cast<uint16_t>(rows >> 16),
-               .rows = static_cast<uint16_t>(rows)};
+    const uint64_t first = slot.first.load(std::memory_order_acquire);
+    if ((first & 1) != parity(position)) return false;
+    entry = Entry::decode({first, slot.second.load(std::memory_order_relaxed)});
     tail_.store(position + 1, std::memory_order_release);
     return true;
   }
@@ -66,8 +74,8 @@ class CommandRing {
 
  private:
   struct alignas(16) Slot {
-    std::atomic<uint64_t> header{0};
-    std::atomic<uint64_t> rows{0};
+    std::atomic<uint64_t> first{0};
+    std::atomic<uint64_t> second{0};
   };
   // The first lap writes 1 over the zeros the ring starts with.
   uint64_t parity(uint64_t position) const { return (position / capacity_ + 1) & 1; }
@@ -77,5 +85,7 @@ class CommandRing {
   alignas(64) std::atomic<uint64_t> head_{0};
   alignas(64) std::atomic<uint64_t> tail_{0};
 };
+
+using CommandRing = Ring<Command>;
 
 }  // namespace efa_ep

@@ -32,13 +32,15 @@ constexpr uint32_t context_channel(uint64_t context) { return context & 1; }
 
 // The chunk size that was asked for, doubled until the completion queues hold all that can arrive. It depends
 // on nothing that ranks could disagree about: connected fabrics have equal room.
-uint64_t chunk_bytes_that_fit(const Layout& layout, uint64_t wanted, const FabricDescription& fabric) {
+uint64_t chunk_bytes_that_fit(const ProxyOptions& options, const FabricDescription& fabric) {
+  const Layout& layout = options.layout;
   const auto rails = static_cast<uint32_t>(fabric.nics.size());
   const uint64_t whole_pair = layout.max_tokens * std::max(layout.dispatch_row(), layout.combine_row());
-  const uint64_t room = fabric.completion_queue_depth > fabric.send_queue_depth
-                            ? fabric.completion_queue_depth - fabric.send_queue_depth
-                            : 0;
-  uint64_t chunk_bytes = wanted;
+  uint64_t room = fabric.completion_queue_depth > fabric.send_queue_depth
+                      ? fabric.completion_queue_depth - fabric.send_queue_depth
+                      : 0;
+  if (options.tiles != nullptr) room /= 2;  // tile puts take the other half
+  uint64_t chunk_bytes = options.chunk_bytes;
   while (most_arrivals(layout, chunk_bytes, rails) > room && chunk_bytes < whole_pair) chunk_bytes *= 2;
   const uint64_t arrivals = most_arrivals(layout, chunk_bytes, rails);
   if (arrivals > room) {
@@ -60,7 +62,7 @@ Proxy::Proxy(Fabric& fabric, std::byte* arena, const ProxyOptions& options, bool
       options_(options),
       node_(options.layout.topology.node_of(options.rank)),
       rails_(fabric.rails()),
-      chunk_bytes_(chunk_bytes_that_fit(options.layout, options.chunk_bytes, fabric.description())),
+      chunk_bytes_(chunk_bytes_that_fit(options, fabric.description())),
       ring_(options.ring_commands),
       destinations_(options.layout.topology.nodes()),
       pairs_(size_t{options.layout.channels} * kOperations * options.layout.topology.nodes()),
@@ -79,11 +81,20 @@ Proxy::~Proxy() {
 
 bool Proxy::try_submit(const Command& command) {
   if (!ring_.try_push(command)) return false;
-  if (parked_.load(std::memory_order_relaxed)) {
-    const std::lock_guard lock(park_);
-    unpark_.notify_one();
-  }
+  wake();
   return true;
+}
+
+bool Proxy::try_put(const TilePut& put) {
+  if (!options_.tiles->try_submit(put)) return false;
+  wake();
+  return true;
+}
+
+void Proxy::wake() {
+  if (!parked_.load(std::memory_order_relaxed)) return;
+  const std::lock_guard lock(park_);
+  unpark_.notify_one();
 }
 
 bool Proxy::help() {
@@ -107,7 +118,7 @@ void Proxy::drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_
     // The ring first: another thread may move a command from there to its destination at any time.
     const bool ring_empty = ring_.empty();
     const std::vector<uint32_t> nodes = unfinished_destinations();
-    if (ring_empty && nodes.empty()) return;
+    if (ring_empty && nodes.empty() && tiles_idle()) return;
     std::vector<uint32_t> ranks;
     for (const uint32_t node : nodes)
       ranks.push_back(options_.layout.topology.rail_peer(options_.rank, node));
@@ -134,6 +145,11 @@ std::vector<uint32_t> Proxy::unfinished_destinations() {
     if (destination.outstanding > 0 || destination.next < destination.queue.size()) nodes.push_back(node);
   }
   return nodes;
+}
+
+bool Proxy::tiles_idle() {
+  const std::lock_guard lock(work_);
+  return options_.tiles == nullptr || options_.tiles->idle();
 }
 
 ProxyCounters Proxy::counters() const {
@@ -172,13 +188,18 @@ bool Proxy::progress() {
   const bool arrived = poll();
   const bool taken = take_commands();
   const bool posted = queued_ > 0 && post_queued();
-  return arrived || taken || posted;
+  const bool tiles_moved = options_.tiles != nullptr && options_.tiles->work();
+  return arrived || taken || posted || tiles_moved;
 }
 
 bool Proxy::poll() {
   const size_t count = fabric_.poll(completions_);
   for (size_t i = 0; i < count; ++i) {
     const Completion& completion = completions_[i];
+    if (options_.tiles != nullptr && TilePuts::owns(completion)) {
+      options_.tiles->complete(completion);
+      continue;
+    }
     switch (completion.kind) {
       case CompletionKind::kArrival:
         on_arrival(completion.immediate);
@@ -229,21 +250,14 @@ bool Proxy::post_from(uint32_t node, Destination& destination) {
       add(counters_.retries, 1);
       if (outstanding_ > destination.outstanding) {
         // The queue may be full of writes to others, for which this destination must not be blamed.
-        destination.refused_since.reset();
-        break;
-      }
-      const auto now = options_.clock->now();
-      if (!destination.refused_since) destination.refused_since = now;
-      if (now - *destination.refused_since > options_.timeout) {
-        const double seconds = std::chrono::duration<double>(options_.timeout).count();
-        throw TransportError("rank " + std::to_string(request.peer) + " accepted no write for " +
-                                 std::to_string(seconds) + " s; its process is gone or unreachable",
-                             request.peer);
+        destination.refusal.end();
+      } else {
+        destination.refusal.note(request.peer, options_.clock->now(), options_.timeout);
       }
       break;
     }
     posted = true;
-    destination.refused_since.reset();
+    destination.refusal.end();
     ++destination.outstanding;
     ++outstanding_;
     ++destination.next;
@@ -290,6 +304,7 @@ void Proxy::on_arrival(uint32_t bits) {
     throw ProtocolError("an arriving write's immediate " + std::to_string(bits) + " " + why +
                         "; a process that is not part of this run, or of an earlier one, writes here");
   };
+  if (TileImmediate::is_one(bits)) refuse("is of a tile put, which this rank does not expect");
   if (immediate.channel >= layout.channels) refuse("names channel " + std::to_string(immediate.channel));
   if (immediate.source_node >= layout.topology.nodes() || immediate.source_node == node_) {
     refuse("names source node " + std::to_string(immediate.source_node));

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <optional>
 #include <thread>
 #include <vector>
 
@@ -17,6 +16,8 @@
 #include "fabric/fabric.h"
 #include "protocol/layout.h"
 #include "proxy/command_ring.h"
+#include "proxy/posting.h"
+#include "proxy/tile_puts.h"
 #include "proxy/wait.h"
 
 namespace efa_ep {
@@ -28,6 +29,7 @@ struct ProxyOptions {
   uint32_t ring_commands = 4096;
   std::chrono::nanoseconds timeout = std::chrono::seconds(120);  ///< longest time a write may be refused
   const DeadlineClock* clock = &kSteadyClock;                    ///< of that time; outlives the proxy
+  TilePuts* tiles = nullptr;  ///< on the same fabric; the proxy does their work too. Outlives the proxy
 };
 
 /// Totals since the start; all monotone.
@@ -51,6 +53,8 @@ class Proxy {
 
   /// Hands over a chunk. Returns false if the ring is full: help() or wait, then try again.
   bool try_submit(const Command& command);
+  /// The same for a tile, if there are ProxyOptions::tiles. Throws as TilePuts::try_submit().
+  bool try_put(const TilePut& put);
 
   /// Does a bounded piece of the proxy's work in the calling thread, unless another thread is doing it.
   /// Returns whether anything moved. A thread that waits for the network calls this instead of spinning, so
@@ -79,8 +83,9 @@ class Proxy {
     if (failed_.load(std::memory_order_acquire)) std::rethrow_exception(failure_);
   }
 
-  /// Waits until every submitted write is complete. Throws RankTimeoutError naming the ranks that keep it
-  /// waiting, or what `check_interrupt` throws. It blocks a thread, so its time is always the machine's.
+  /// Waits until every submitted write is complete, tiles' too. Throws RankTimeoutError naming the ranks that
+  /// keep it waiting, or what `check_interrupt` throws. It blocks a thread, so its time is always the
+  /// machine's.
   void drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_interrupt = nullptr);
 
   /// Nodes to which submitted writes are not complete yet.
@@ -97,7 +102,7 @@ class Proxy {
     std::vector<Command> queue;
     size_t next = 0;  // first of `queue` that is not posted
     uint32_t outstanding = 0;
-    std::optional<DeadlineClock::TimePoint> refused_since;
+    Refusal refusal;
   };
   /// What has arrived of the current round of one (channel, operation, source node).
   struct Pair {
@@ -112,6 +117,8 @@ class Proxy {
   };
 
   void run();
+  void wake();
+  bool tiles_idle();
   bool progress();
   bool poll();
   bool take_commands();

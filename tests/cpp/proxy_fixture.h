@@ -73,7 +73,7 @@ class ProxyTest : public testing::Test {
                         network_options_.rails);
   }
   Immediate immediate(uint32_t source, const Shipment& shipment, uint32_t chunk) const {
-    return {.round_tag = shipment.round % 64,
+    return {.round_tag = shipment.round % Immediate::kRoundPeriod,
             .operation = shipment.operation,
             .channel = shipment.channel,
             .source_node = source,

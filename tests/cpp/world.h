@@ -23,7 +23,8 @@ class World {
                   .rails = config.rails,
                   .send_queue_depth = config.send_queue_depth,
                   .completion_queue_depth = config.send_queue_depth + config.arrival_room,
-                  .seed = config.seed}) {
+                  .seed = config.seed,
+                  .honours_fence = config.signal_policy == SignalPolicyKind::kNicOrdered}) {
     const Topology& topology = config.layout.topology;
     for (uint32_t rank = 0; rank < config.world(); ++rank) {
       arenas_.emplace_back(config.layout.total_bytes());
@@ -36,9 +37,10 @@ class World {
       }
     }
     for (uint32_t rank = 0; rank < config.world(); ++rank) {
+      policies_.push_back(SignalPolicy::create(config.signal_policy, network_.endpoint(rank)));
       proxies_.push_back(topology.nodes() == 1
                              ? nullptr
-                             : std::make_unique<Proxy>(network_.endpoint(rank), arenas_[rank].data(),
+                             : std::make_unique<Proxy>(*policies_[rank], arenas_[rank].data(),
                                                        ProxyOptions{.layout = config.layout,
                                                                     .rank = rank,
                                                                     .chunk_bytes = config.chunk_bytes,
@@ -163,6 +165,7 @@ class World {
   const testing::ScopedTrace trace_{__FILE__, __LINE__, testing::Message() << config_};
   LoopbackNetwork network_;
   std::vector<TestMemory> arenas_;
+  std::vector<std::unique_ptr<SignalPolicy>> policies_;
   std::vector<std::unique_ptr<Proxy>> proxies_;
   std::vector<std::unique_ptr<CpuDevice>> devices_;
 };

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "protocol/layout.h"
+#include "proxy/signal_policy.h"
 #include "scalar_oracle.h"
 #include "test_memory.h"
 
@@ -48,6 +49,7 @@ struct WorldConfig {
   uint32_t arrival_room = 4096;  // of a completion queue
   bool proxy_threads = true;
   bool thread_per_channel = false;
+  SignalPolicyKind signal_policy = SignalPolicyKind::kCounted;
   uint64_t seed = 1;
 
   uint32_t world() const { return layout.topology.world; }
@@ -67,7 +69,8 @@ inline std::ostream& operator<<(std::ostream& out, const WorldConfig& c) {
       << (c.weights_applied ? "" : ", weights not applied") << (c.in_place ? ", in place" : "") << ", ids "
       << (c.ids_are_64_bit ? 64 : 32) << ", routing " << static_cast<int>(c.routing) << ", chunks "
       << c.chunk_bytes << ", rails " << c.rails << ", ring " << c.ring_commands << ", queue "
-      << c.send_queue_depth << (c.proxy_threads ? "" : ", no proxy threads") << ", owners";
+      << c.send_queue_depth << (c.proxy_threads ? "" : ", no proxy threads") << ", signals "
+      << name_of(c.signal_policy) << ", owners";
   for (const uint32_t owner : c.expert_owner) out << " " << owner;
   return out;
 }

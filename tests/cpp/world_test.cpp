@@ -210,6 +210,20 @@ TEST_P(WorldRouting, MatchesTheScalarRecomputation) {
   }
 }
 
+// The protocol knows of no signal policy, so each of them must carry it.
+class WorldSignals : public testing::TestWithParam<SignalPolicyKind> {};
+
+INSTANTIATE_TEST_SUITE_P(All, WorldSignals, testing::ValuesIn(kSignalPolicies),
+                         [](const auto& info) { return name_of(info.param); });
+
+TEST_P(WorldSignals, MatchTheScalarRecomputation) {
+  for (uint32_t turn = 0; turn < amount(6, 60) && !HasFailure(); ++turn) {
+    WorldConfig config = draw({6, 2}, turn, test_seed(7) + turn);
+    config.signal_policy = GetParam();
+    run_world(config);
+  }
+}
+
 // A rank that owns no expert passes no pointer to rows, and one without tokens none to tokens.
 TEST(World, RanksWithoutExpertsAndWithoutTokens) {
   for (const uint32_t turn : {0u, 1u}) {

@@ -1,0 +1,42 @@
+// What all who post writes to many destinations have in common.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "clock.h"
+#include "errors.h"
+#include "fabric/fabric.h"
+
+namespace efa_ep {
+
+/// Writes that each of `sources` ranks may have on their way to one target without overrunning the target's
+/// completion queue.
+inline uint32_t post_window(const FabricDescription& fabric, uint32_t sources) {
+  const uint32_t own = fabric.send_queue_depth;
+  const uint32_t room = fabric.completion_queue_depth > own ? fabric.completion_queue_depth - own : 1;
+  return std::max(1u, room / std::max(1u, sources));
+}
+
+/// How long a destination has refused writes.
+class Refusal {
+ public:
+  void end() { since_.reset(); }
+  /// Throws TransportError once `peer` has refused for longer than `timeout`.
+  void note(uint32_t peer, DeadlineClock::TimePoint now, std::chrono::nanoseconds timeout) {
+    if (!since_) since_ = now;
+    if (now - *since_ <= timeout) return;
+    const double seconds = std::chrono::duration<double>(timeout).count();
+    throw TransportError("rank " + std::to_string(peer) + " accepted no write for " +
+                             std::to_string(seconds) + " s; its process is gone or unreachable",
+                         peer);
+  }
+
+ private:
+  std::optional<DeadlineClock::TimePoint> since_;
+};
+
+}  // namespace efa_ep
