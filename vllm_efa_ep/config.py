@@ -130,6 +130,18 @@ SETTINGS: tuple[Setting, ...] = (
         minimum=0,
     ),
     Setting(
+        "EFA_EP_SIGNAL_POLICY",
+        "signal_policy",
+        "string",
+        "counted",
+        "",
+        "How a write's signal is ordered behind its bytes. `counted`: immediate data, which every fabric "
+        "here carries, and no fence. For comparison: `coupled` (wait for each write, then signal), "
+        "`decoupled` (one wait per destination group), `nic_ordered` (FI_FENCE; refused where the provider "
+        "grants none, as on EFA).",
+        choices=("counted", "coupled", "decoupled", "nic_ordered"),
+    ),
+    Setting(
         "EFA_EP_CHUNK_BYTES",
         "chunk_bytes",
         "integer",
@@ -172,6 +184,7 @@ class Settings:
     libfabric: str = ""
     interface: str = ""
     nics_per_rank: int = 0
+    signal_policy: str = "counted"
     chunk_bytes: int = 256 * 1024
     ring_commands: int = 4096
     stats_dir: str = ""

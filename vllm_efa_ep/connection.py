@@ -11,6 +11,18 @@ from vllm_efa_ep.config import Settings
 from vllm_efa_ep.watch import Watch, start_watch
 from vllm_efa_ep.world import World, agree
 
+_COUNTERS = (
+    "writes",
+    "bytes_written",
+    "completions",
+    "immediates",
+    "retries",
+    "fences",
+    "fence_waits",
+    "signal_requests",
+    "stall_ns",
+)
+
 
 @dataclass(frozen=True)
 class FabricDescription:
@@ -29,7 +41,7 @@ class Connection:
         self,
         arenas: list[_core.Arena],
         index: int,
-        fabric: _core.LibfabricFabric | None,
+        fabric: _core.SignalPolicy | None,
         proxy: _core.Proxy | None,
         watch: Watch,
     ) -> None:
@@ -54,11 +66,10 @@ class Connection:
         return FabricDescription(found["provider"], found["fabric"], found["library"], tuple(found["nics"]))
 
     def counters(self) -> dict[str, int]:
-        """Return the proxy's totals."""
-        if self.proxy is None:
-            names = ("writes", "bytes_written", "completions", "immediates", "retries")
-            return dict.fromkeys(names, 0)
-        return self.proxy.counters()
+        """Return the totals of the proxy and of its signal policy."""
+        if self.proxy is None or self._fabric is None:
+            return dict.fromkeys(_COUNTERS, 0)
+        return self.proxy.counters() | self._fabric.counters()
 
     def drain(self, timeout_s: float) -> None:
         """Wait until all own writes are complete, or a rank is gone."""
@@ -120,17 +131,19 @@ def _join_fabric(
     bootstrap: Bootstrap,
     settings: Settings,
     timeout_s: float,
-) -> tuple[_core.LibfabricFabric, _core.Proxy]:
-    def open_fabric() -> tuple[_core.LibfabricFabric, bytes]:
-        fabric = _core.LibfabricFabric(
+) -> tuple[_core.SignalPolicy, _core.Proxy]:
+    def open_fabric() -> tuple[_core.SignalPolicy, bytes]:
+        network = _core.LibfabricFabric(
             provider=settings.provider,
             library=settings.libfabric,
             interface=settings.interface or ("lo" if world.single_host else ""),
             nics=settings.nics_per_rank,
             rank_on_host=world.rank_on_host,
             ranks_on_host=world.ranks_on_host,
+            fence=settings.signal_policy == "nic_ordered",
             peers=world.nodes - 1,
         )
+        fabric = _core.SignalPolicy.create(settings.signal_policy, network)
         fabric.register_memory(arena)
         return fabric, fabric.address()
 

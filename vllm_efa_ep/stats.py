@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stats:
-    """Totals of one rank since its start, all channels together. Times are in seconds.
+    """Totals of one rank since its start, all channels together. Times are in seconds if not named otherwise.
 
     Attributes:
         rank: This rank.
@@ -26,6 +26,10 @@ class Stats:
         completions: Writes completed.
         immediates: Writes of peers that arrived here.
         retries: Posts the fabric refused for the moment.
+        fences: Times the signal policy imposed an order between bytes and signals; 0 if ``counted``.
+        fence_waits: Fences that found writes not delivered yet.
+        signal_requests: Writes that carried a signal and no bytes, beyond ``writes``.
+        stall_ns: Nanoseconds in which a fence kept the proxy from posting anything.
         half_seconds: Time inside each half.
         wait_seconds: Part of it spent waiting for other ranks.
 
@@ -49,5 +53,9 @@ class Stats:
     completions: int
     immediates: int
     retries: int
+    fences: int
+    fence_waits: int
+    signal_requests: int
+    stall_ns: int
     half_seconds: dict[str, float]
     wait_seconds: dict[str, float]

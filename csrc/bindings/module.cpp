@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
@@ -15,6 +16,7 @@
 #include "memory/arena.h"
 #include "protocol/layout.h"
 #include "proxy/proxy.h"
+#include "proxy/signal_policy.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -81,6 +83,16 @@ Counters counters_of(const Proxy& proxy) {
   result["completions"] = counters.completions;
   result["immediates"] = counters.immediates;
   result["retries"] = counters.retries;
+  return result;
+}
+
+Counters counters_of(const SignalPolicy& policy) {
+  const SignalCounters counters = policy.counters();
+  nb::dict result;
+  result["fences"] = counters.fences;
+  result["fence_waits"] = counters.waits;
+  result["signal_requests"] = counters.signals;
+  result["stall_ns"] = counters.stall_ns;
   return result;
 }
 
@@ -190,17 +202,29 @@ void bind_fabric(nb::module_& m) {
       .def(
           "__init__",
           [](LibfabricFabric* self, std::string provider, std::string library, std::string interface,
-             uint32_t nics, uint32_t rank_on_host, uint32_t ranks_on_host, uint32_t peers) {
+             uint32_t nics, uint32_t rank_on_host, uint32_t ranks_on_host, bool fence, uint32_t peers) {
             new (self) LibfabricFabric(LibfabricOptions{.provider = std::move(provider),
                                                         .library = std::move(library),
                                                         .interface = std::move(interface),
                                                         .nics = nics,
                                                         .local_rank = rank_on_host,
                                                         .ranks_on_host = ranks_on_host,
+                                                        .fence = fence,
                                                         .peers = peers});
           },
           nb::kw_only(), "provider"_a, "library"_a, "interface"_a, "nics"_a, "rank_on_host"_a,
-          "ranks_on_host"_a, "peers"_a);
+          "ranks_on_host"_a, "fence"_a, "peers"_a);
+}
+
+void bind_signals(nb::module_& m) {
+  nb::class_<SignalPolicy, Fabric>(m, "SignalPolicy")
+      .def_static(
+          "create",
+          [](const std::string& name, Fabric& fabric) {
+            return SignalPolicy::create(signal_policy_named(name), fabric);
+          },
+          "name"_a, "fabric"_a, nb::keep_alive<0, 2>())
+      .def("counters", [](const SignalPolicy& policy) { return counters_of(policy); });
 }
 
 // Runs Python's signal handlers while a thread waits, so that Ctrl-C and SIGTERM end the wait at once. What
@@ -349,6 +373,7 @@ NB_MODULE(_core, m) {
   bind_protocol(m);
   bind_memory(m);
   bind_fabric(m);
+  bind_signals(m);
   bind_proxy(m);
   bind_device(m);
 }
