@@ -3,7 +3,8 @@
 #   make demo    serve a small MoE model on two "nodes" of this machine and compare with one process
 #   make serve   the same, but leave the server running
 #   make test    all tests; make test-long adds the full matrices
-#   make bench   dispatch + combine against gloo, MPI and the floors; BENCH=--quick for a short run
+#   make bench   dispatch + combine against gloo, MPI and the floors; BENCH=--quick for a short run. Before that:
+#                counts on the wire against other protocols, the proxy's rate, signal policies against bare puts
 #   make lint    formatters, linters, type checkers
 #   make clean   remove what the targets built (keeps .venv)
 
@@ -115,7 +116,9 @@ lint: setup
 bench: setup
 	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-plain -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON > /dev/null
 	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-plain
+	@$(BUILD)/cpp-plain/benchmarks/wire_counts
 	@$(BUILD)/cpp-plain/benchmarks/proxy_rate
+	@$(BUILD)/cpp-plain/benchmarks/put_signal
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.round_trip $(BENCH)
 
 clean:
