@@ -203,8 +203,8 @@ const EmulatedNetwork::Endpoint::Peer& EmulatedNetwork::check_request(const Endp
     refuse("comes before connect(); connect it before writing to it");
   }
   if (request.fence && !options_.profile.honours_fence) {
-    throw ConfigurationError(what + "is fenced, and the emulated network \"" + options_.profile.name +
-                             "\" honours no fence; use a signal policy without fences");
+    refuse("is fenced, and the emulated network \"" + options_.profile.name +
+           "\" honours no fence; use a signal policy without fences");
   }
   if (request.bytes > options_.profile.max_write_bytes) {
     refuse("is longer than " + std::to_string(options_.profile.max_write_bytes) + "; use smaller chunks");

@@ -53,7 +53,7 @@ class ProxyTiles : public ::testing::Test {
   void send(uint32_t rank, uint32_t round) {
     const uint32_t peer = 1 - rank;
     const uint64_t row = layout_.row_bytes(Operation::kDispatch);
-    std::byte* staging = memory_[rank].data() + layout_.staging(0, Operation::kDispatch, rank, peer);
+    std::byte* staging = memory_[rank].data() + layout_.outgoing(0, Operation::kDispatch);
     for (uint64_t i = 0; i < kRows * row; ++i) staging[i] = content(rank, round, i);
     std::byte* tiles = memory_[rank].data() + tiles_at_;
     for (uint64_t i = 0; i < kTiles * kTileBytes; ++i) tiles[i] = content(rank, round + 100, i);
@@ -65,7 +65,11 @@ class ProxyTiles : public ::testing::Test {
                                   .source_node = rank,
                                   .first = i == 0,
                                   .value = i == 0 ? kRows : i};
-        const Command command{immediate.encode(), peer, cut.first_row(i), cut.rows_in(i)};
+        const Command command{.immediate = immediate.encode(),
+                              .destination_node = static_cast<uint16_t>(peer),
+                              .local_row = cut.first_row(i),
+                              .first_row = static_cast<uint16_t>(cut.first_row(i)),
+                              .rows = static_cast<uint16_t>(cut.rows_in(i))};
         wait([&] { return proxies_[rank]->try_submit(command); });
       }
       if (i < kTiles) {
