@@ -99,7 +99,7 @@ bool Proxy::help() {
 
 void Proxy::drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_interrupt) {
   const Waiting waiting(this);
-  const auto start = Clock::now();
+  const auto start = kSteadyClock.now();
   auto last_interrupt_check = start;
   while (true) {
     if (help()) continue;
@@ -111,7 +111,7 @@ void Proxy::drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_
     std::vector<uint32_t> ranks;
     for (const uint32_t node : nodes)
       ranks.push_back(options_.layout.topology.rail_peer(options_.rank, node));
-    const auto now = Clock::now();
+    const auto now = kSteadyClock.now();
     const auto describe = [&] {
       const double seconds = std::chrono::duration<double>(now - start).count();
       return "close on rank " + std::to_string(options_.rank) + " waited " + std::to_string(seconds) +
