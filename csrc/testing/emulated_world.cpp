@@ -1,12 +1,9 @@
 #include "testing/emulated_world.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <new>
 #include <utility>
-
-#include "protocol/chunking.h"
 
 namespace efa_ep {
 namespace {
@@ -156,48 +153,14 @@ bool EmulatedWorld::may_finish(uint32_t index, uint32_t channel_index) {
   Rank& rank = ranks_[index];
   switch (rank.channels[channel_index].half) {
     case Half::kDispatchSend:
-      return dispatch_is_complete(index, channel_index);
-    case Half::kDispatchRecv:
-      return rank.device->dispatch_ready(channel_index);
     case Half::kCombineSend:
       return true;
+    case Half::kDispatchRecv:
+      return rank.device->dispatch_ready(channel_index);
     case Half::kCombineRecv:
       return rank.device->combine_ready(channel_index);
   }
   return false;
-}
-
-// Whether the writes of the last dispatch are complete, for which dispatch_send would wait. Those of the last
-// combine need not be: the sooner a rank runs ahead, the more a run can find.
-bool EmulatedWorld::dispatch_is_complete(uint32_t index, uint32_t channel) const {
-  const Rank& rank = ranks_[index];
-  if (!rank.proxy) return true;
-  const size_t offset = options_.layout.completion(channel, Operation::kDispatch);
-  const std::atomic_ref<uint64_t> completed(*reinterpret_cast<uint64_t*>(rank.arena.get() + offset));
-  return completed.load(std::memory_order_acquire) == rank.channels[channel].dispatch_writes;
-}
-
-// Chunks of a dispatch: one row per token and remote node with an expert of the token.
-uint64_t EmulatedWorld::dispatch_writes(uint32_t rank, const DispatchInput& input) const {
-  const Topology& topology = options_.layout.topology;
-  const uint32_t top_k = options_.layout.row.top_k;
-  std::vector<uint32_t> rows(topology.nodes(), 0);
-  std::vector<uint32_t> last(topology.nodes(), input.tokens);  // token counted last
-  for (uint32_t entry = 0; entry < input.tokens * top_k; ++entry) {
-    const int64_t id = input.ids_are_64_bit ? static_cast<const int64_t*>(input.ids)[entry]
-                                            : static_cast<const int32_t*>(input.ids)[entry];
-    if (id < 0) continue;
-    const uint32_t node = topology.node_of(options_.expert_owner[static_cast<size_t>(id)]);
-    if (std::exchange(last[node], entry / top_k) != entry / top_k) ++rows[node];
-  }
-  uint64_t writes = 0;
-  for (uint32_t node = 0; node < topology.nodes(); ++node) {
-    if (node == topology.node_of(rank)) continue;
-    writes += Chunking::of(rows[node], options_.layout.dispatch_row(), options_.chunk_bytes,
-                           network_.profile().nics)
-                  .chunks;
-  }
-  return writes;
 }
 
 void EmulatedWorld::finish_half(uint32_t index, uint32_t channel_index) {
@@ -206,13 +169,10 @@ void EmulatedWorld::finish_half(uint32_t index, uint32_t channel_index) {
   CpuDevice& device = *rank.device;
   const EmulatedTurn turn = turn_of(index, channel_index);
   switch (channel.half) {
-    case Half::kDispatchSend: {
-      const DispatchInput input = workload_->tokens(turn);
-      device.dispatch_send(channel_index, input);
-      channel.dispatch_writes += dispatch_writes(index, input);
+    case Half::kDispatchSend:
+      device.dispatch_send(channel_index, workload_->tokens(turn));
       channel.half = Half::kDispatchRecv;
       break;
-    }
     case Half::kDispatchRecv: {
       const uint64_t before = std::exchange(rank.received_rows, device.counters().received_rows);
       const auto rows = static_cast<uint32_t>(rank.received_rows - before);

@@ -87,7 +87,6 @@ class EmulatedWorld {
     uint32_t finished = 0;
     uint32_t last = 0;  // round to finish
     std::chrono::nanoseconds since{};
-    uint64_t dispatch_writes = 0;  // so far
   };
   struct Rank {
     std::unique_ptr<std::byte, Free> arena;
@@ -112,8 +111,6 @@ class EmulatedWorld {
   void step(uint32_t rank);
   bool advance_channel(uint32_t rank, uint32_t channel);
   bool may_finish(uint32_t rank, uint32_t channel);
-  bool dispatch_is_complete(uint32_t rank, uint32_t channel) const;
-  uint64_t dispatch_writes(uint32_t rank, const DispatchInput& input) const;
   void finish_half(uint32_t rank, uint32_t channel);
   void inject_due(const EmulatedTurn& turn, Half half);
   bool is_running(uint32_t rank, const Channel& channel) const;

@@ -17,6 +17,7 @@ class RepeatedWorkload final : public EmulatedWorkload {
   CombineInput results(const EmulatedTurn& turn) override { return plan_.results(planned(turn)); }
   std::byte* output(const EmulatedTurn& turn) override { return plan_.output(planned(turn)); }
   void finished(const EmulatedTurn& turn) override { plan_.finished(planned(turn)); }
+  void use(EmulatedWorld& world) { plan_.use(world); }
   uint64_t finished_turns() const { return plan_.finished_turns(); }
 
  private:
@@ -34,6 +35,7 @@ void run_at_scale(const WorldConfig& config) {
   EmulatedWorldOptions options = options_of(config, emulated_profile("p5en"));
   options.network.check_sources = false;
   EmulatedWorld world(options);
+  workload.use(world);
   world.run(workload, config.rounds);
   expect_success(world, config.world());
   EXPECT_EQ(workload.finished_turns(), uint64_t{config.world()} * config.rounds);

@@ -85,6 +85,7 @@ TEST_P(EmulatedWorldFault, EndsInSurvivalOrInANamedError) {
       EmulatedWorldOptions options = options_of(config, emulated_profile("hostile"));
       options.timeout = kDeadline;
       EmulatedWorld world(options);
+      workload.use(world);
       const auto struck = static_cast<uint32_t>(seed % config.world());
       Fault struck_fault = fault.fault;
       struck_fault.rank = struck;

@@ -26,7 +26,19 @@ class PlannedWorkload final : public EmulatedWorkload {
 
   DispatchInput tokens(const EmulatedTurn& turn) override {
     const RankRound& round = plan(turn);
-    return {.x = round.x.data(),
+    const size_t row = config_.layout.row.payload_bytes;
+    const std::byte* x = round.x.data();
+    size_t stride = row;
+    if (config_.in_place) {
+      std::byte* activations = world_->device(turn.rank).activations(turn.channel);
+      stride = config_.layout.dispatch_row();
+      for (uint32_t token = 0; token < round.tokens; ++token) {
+        std::copy_n(x + token * row, row, activations + token * stride);
+      }
+      x = activations;
+    }
+    return {.x = x,
+            .x_stride = stride,
             .scales = round.scales.data(),
             .ids = round.ids.data(),
             .ids_are_64_bit = true,
@@ -57,9 +69,13 @@ class PlannedWorkload final : public EmulatedWorkload {
         buffers.tokens_per_expert != round.tokens_per_expert) {
       ADD_FAILURE() << text(turn) << ": received rows differ from the plan";
     }
-    return {.rows = round.expert_rows.data(),
-            .per_slot = config_.per_slot,
-            .weights_applied = config_.weights_applied};
+    const std::byte* rows = round.expert_rows.data();
+    if (config_.in_place && !config_.per_expert && !config_.per_slot) {
+      std::byte* results = world_->device(turn.rank).results(turn.channel);
+      std::copy(round.expert_rows.begin(), round.expert_rows.end(), results);
+      rows = results;
+    }
+    return {.rows = rows, .per_slot = config_.per_slot, .weights_applied = config_.weights_applied};
   }
   std::byte* output(const EmulatedTurn& turn) override {
     Buffers& buffers = buffers_of(turn);
@@ -72,6 +88,8 @@ class PlannedWorkload final : public EmulatedWorkload {
     ++finished_;
   }
 
+  /// Whose devices say where in-place activations and results lie.
+  void use(EmulatedWorld& world) { world_ = &world; }
   uint64_t finished_turns() const { return finished_; }
   const RankRound& plan(const EmulatedTurn& turn) const { return plans_.at(turn.round - 1)[turn.rank]; }
 
@@ -88,6 +106,7 @@ class PlannedWorkload final : public EmulatedWorkload {
   }
 
   const WorldConfig config_;
+  EmulatedWorld* world_ = nullptr;
   std::vector<std::vector<RankRound>> plans_;  // [round][rank]
   std::map<std::pair<uint32_t, uint32_t>, Buffers> buffers_;
   uint64_t finished_ = 0;
@@ -114,6 +133,7 @@ inline WorldConfig emulated_config(uint32_t nodes, uint32_t ranks_per_node, uint
   for (uint32_t expert = 0; expert < 2 * config.world(); ++expert) {
     config.expert_owner.push_back(expert % config.world());
   }
+  config.in_place = true;
   config.seed = seed;
   return config;
 }

@@ -17,6 +17,7 @@ uint64_t run_world(const WorldConfig& config, const EmulatedProfile& profile, Pl
   const ::testing::ScopedTrace about(__FILE__, __LINE__, ::testing::Message() << config);
   const uint64_t before = workload.finished_turns();
   EmulatedWorld world(options_of(config, profile));
+  workload.use(world);
   world.run(workload, config.rounds);
   expect_success(world, config.world());
   EXPECT_EQ(workload.finished_turns() - before,
@@ -34,6 +35,7 @@ TEST_P(EmulatedLayouts, MatchThePlan) {
   for (uint32_t ranks_per_node = 1; ranks_per_node <= 8 && !HasFailure(); ++ranks_per_node) {
     WorldConfig config = emulated_config(GetParam(), ranks_per_node, seed);
     config.per_expert = ranks_per_node % 2 == 0;
+    config.in_place = ranks_per_node % 3 != 0;
     config.layout.channels = 1 + (GetParam() + ranks_per_node) % 2;
     config.rounds = amount(2, 20);
     PlannedWorkload workload(config, config.rounds);
@@ -71,6 +73,7 @@ TEST(EmulatedWorlds, PostAsManyWritesAsTheFormulaSays) {
   config.chunk_bytes = 1;  // a row is a chunk, and a pair without rows has one
   PlannedWorkload workload(config, config.rounds);
   EmulatedWorld world(options_of(config, emulated_profile("p5en")));
+  workload.use(world);
   world.run(workload, config.rounds);
   expect_success(world, config.world());
   const Topology topology = config.layout.topology;
