@@ -161,7 +161,7 @@ TEST(TilePutsCut, LongTransfersGoOverAllNics) {
   world.tiles(0).work();
   std::sort(writes.begin(), writes.end());
   EXPECT_EQ(writes, (std::vector<std::pair<uint32_t, uint32_t>>{
-                        {0, 1000}, {0, 1000}, {1, 96}, {1, 1000}, {1, 1000}}));
+                        {0, 96}, {0, 1000}, {0, 1000}, {1, 1000}, {1, 1000}}));
 }
 
 // ---- refusals
