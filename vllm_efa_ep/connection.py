@@ -160,6 +160,7 @@ def _join_fabric(
             chunk_bytes=settings.chunk_bytes,
             ring_commands=settings.ring_commands,
             timeout_s=timeout_s,
+            own_core=len(os.sched_getaffinity(0)) >= 2 * world.ranks_on_host,
         )
         return proxy, b""
 

@@ -255,16 +255,17 @@ void bind_proxy(nb::module_& m) {
       .def(
           "__init__",
           [](Proxy* self, Fabric& fabric, const Arena& arena, const Layout& layout, uint32_t rank,
-             uint64_t chunk_bytes, uint32_t ring_commands, double timeout_s) {
+             uint64_t chunk_bytes, uint32_t ring_commands, double timeout_s, bool own_core) {
             new (self) Proxy(fabric, arena.data(),
                              {.layout = layout,
                               .rank = rank,
                               .chunk_bytes = chunk_bytes,
                               .ring_commands = ring_commands,
-                              .timeout = seconds(timeout_s)});
+                              .timeout = seconds(timeout_s),
+                              .own_core = own_core});
           },
           nb::kw_only(), "fabric"_a, "arena"_a, "layout"_a, "rank"_a, "chunk_bytes"_a, "ring_commands"_a,
-          "timeout_s"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+          "timeout_s"_a, "own_core"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
       .def("counters", [](const Proxy& proxy) { return counters_of(proxy); })
       .def(
           "drain",

@@ -81,7 +81,11 @@ Proxy::~Proxy() {
 
 bool Proxy::try_submit(const Command& command) {
   if (!ring_.try_push(command)) return false;
-  wake();
+  if (options_.own_core) {
+    wake();
+  } else {
+    help();
+  }
   return true;
 }
 

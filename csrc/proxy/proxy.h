@@ -29,6 +29,9 @@ struct ProxyOptions {
   uint32_t ring_commands = 4096;
   std::chrono::nanoseconds timeout = std::chrono::seconds(120);  ///< longest time a write may be refused
   const DeadlineClock* clock = &kSteadyClock;                    ///< of that time; outlives the proxy
+  /// Whether the proxy's thread has a core to itself. If not, who submits does the work at once: waking
+  /// another thread would only take the core away from the ranks.
+  bool own_core = true;
   TilePuts* tiles = nullptr;  ///< on the same fabric; the proxy does their work too. Outlives the proxy
 };
 

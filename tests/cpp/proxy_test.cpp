@@ -220,6 +220,14 @@ TEST_F(ProxyTest, TheRingRefusesWhatItCannotHold) {
   EXPECT_EQ(proxy_->counters().writes, 5u);
 }
 
+// Without a core for the proxy's thread, who submits does the work, and wakes nobody.
+TEST_F(ProxyTest, PostsInTheSubmittingThreadIfItHasNoCoreOfItsOwn) {
+  proxy_options_.own_core = false;
+  start(2);
+  submit(1, {0, kDispatch, 1, kMaxTokens});
+  EXPECT_EQ(proxy_->counters().writes, chunking({0, kDispatch, 1, kMaxTokens}).chunks);
+}
+
 TEST_F(ProxyTest, NeedsNoHelp) {
   start(2, true);
   for (uint32_t value = 1; value <= 200; ++value) {
