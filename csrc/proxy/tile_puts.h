@@ -14,6 +14,10 @@
 // runs rounds, that is the Proxy's: it takes TilePuts along (ProxyOptions::tiles), polls the fabric for both,
 // and tells the completions apart by immediate and context. Elsewhere, whoever owns the fabric calls drive().
 //
+// A source has a window of writes per target, freed by its own completions. That bounds what a target may
+// have left unpolled only as long as the target keeps polling: whoever does the work must not pause while
+// others put.
+//
 // A group may be used again for a peer when the peer's reader has seen the signal of its last use. A kernel
 // knows that without a message: its reader is what frees the tiles' place at the target. The place where the
 // tiles came from is free when sent() says so.

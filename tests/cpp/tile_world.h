@@ -44,6 +44,7 @@ class TileWorld {
                   .rails = options.rails,
                   .send_queue_depth = options.send_queue_depth,
                   .completion_queue_depth = options.completion_queue_depth,
+                  .overrun_room = 1024,
                   .seed = options.seed,
                   .honours_fence = true,
                   .early_completions = true}) {
