@@ -41,7 +41,7 @@ def scenes(draw: st.DrawFn) -> Scene:
         layout=draw(st.sampled_from(["per_token", "per_expert"])),
         channels=draw(st.integers(1, 2)),
         routing=draw(st.sampled_from(sorted(ROUTINGS))),
-        rounds=draw(st.integers(1, 3)) if size <= 16 else 1,
+        rounds=draw(st.sampled_from([1, 2, 3, 20])) if size <= 16 else 1,
         exact=draw(st.booleans()),
         per_slot=draw(st.booleans()),
         weighted=draw(st.booleans()),
