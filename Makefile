@@ -84,8 +84,11 @@ define cpp_tests
 	@$(3) PATH=$(BIN):$$PATH ctest --test-dir $(BUILD)/cpp-$(1) --output-on-failure
 endef
 
+# What tests/python imports beside the package
+TEST_MODULE := -DEFA_EP_TEST_MODULE=ON -DPython_EXECUTABLE=$(BIN)/python
+
 test-cpp: setup
-	$(call cpp_tests,plain)
+	$(call cpp_tests,plain,$(TEST_MODULE))
 
 test-sanitizers: setup
 	$(call cpp_tests,thread,-DEFA_EP_SANITIZE=thread)
@@ -107,7 +110,7 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
-	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/lint -G Ninja -DEFA_EP_TESTS=ON -DPython_EXECUTABLE=$(BIN)/python > $(BUILD)/lint.log \
+	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/lint -G Ninja -DEFA_EP_TESTS=ON $(TEST_MODULE) > $(BUILD)/lint.log \
 	  || (cat $(BUILD)/lint.log; exit 1)
 	@git ls-files 'csrc/*.cpp' | xargs -P 2 -n 4 $(BIN)/clang-tidy --quiet -p $(BUILD)/lint
 

@@ -167,9 +167,18 @@ bool CpuDevice::combine_ready(uint32_t channel_index) {
   return true;
 }
 
+// The number of sums comes from another rank, so it is checked: fewer would leave those of an earlier round.
 bool CpuDevice::sums_arrived(uint32_t channel_index, uint32_t node) const {
-  return read_word(layout_.arrival(channel_index, Operation::kCombine, node)).round ==
-         channels_[channel_index].round;
+  const Channel& channel = channels_[channel_index];
+  const RoundWord arrived = read_word(layout_.arrival(channel_index, Operation::kCombine, node));
+  if (arrived.round != channel.round) return false;
+  const size_t sent = channel.tokens_of_node[node].size();
+  if (arrived.rows != sent) {
+    throw ProtocolError("rank " + std::to_string(topology_.rail_peer(options_.rank, node)) +
+                        " announced results for " + std::to_string(arrived.rows) + " tokens, but " +
+                        std::to_string(sent) + " were sent to it");
+  }
+  return true;
 }
 
 void CpuDevice::combine_recv(uint32_t channel_index, std::byte* out) {

@@ -193,6 +193,11 @@ Bytes row_naming(const Layout& layout, int32_t id) {
 }
 
 RankRound nothing() { return {}; }
+RankRound nothing_of_one_expert() {
+  RankRound round;
+  round.tokens_per_expert = {0};
+  return round;
+}
 
 // Node 1 is played by the test: its slot holds a row that no rank of this run can have written.
 TEST(ForeignRow, InASlotIsAProtocolError) {
@@ -220,6 +225,29 @@ TEST(ForeignRow, InASlotIsAProtocolError) {
         EXPECT_NE(std::string(error.what()).find("expert " + std::to_string(id)), std::string::npos);
       }
     }
+  }
+}
+
+// Rank 1, played by the test, answers for a token that it never got: the sums of an earlier round must not
+// pass for this round's.
+TEST(ForeignSums, ForOtherTokensAreAProtocolError) {
+  World world(small_config(2, 1));
+  world.dispatch_send(0, 0, nothing());
+  for (const auto& [operation, rows] : {std::pair{Operation::kDispatch, 0U}, {Operation::kCombine, 1U}}) {
+    const Immediate immediate{
+        .round_tag = 1, .operation = operation, .source_node = 1, .first = true, .value = rows};
+    ASSERT_EQ(world.network().endpoint(1).post_write({.peer = 0, .immediate = immediate.encode()}),
+              PostResult::kPosted);
+  }
+  world.dispatch_recv(0, 0, nothing_of_one_expert());
+  world.combine_send(0, 0, nothing());
+  try {
+    world.device(0).combine_recv(0, nullptr);
+    ADD_FAILURE();
+  } catch (const ProtocolError& error) {
+    EXPECT_NE(std::string(error.what()).find("rank 1 announced results for 1 tokens, but 0"),
+              std::string::npos)
+        << error.what();
   }
 }
 
