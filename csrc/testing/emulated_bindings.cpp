@@ -107,10 +107,7 @@ std::string error_text(const std::exception_ptr& error) {
   return "";
 }
 
-}  // namespace
-
-// NOLINTNEXTLINE(misc-use-internal-linkage): the macro declares what Python calls
-NB_MODULE(_emulated, m) {
+void bind_world(nb::module_& m) {
   nb::class_<EmulatedWorld>(m, "World")
       .def(
           "__init__",
@@ -151,3 +148,7 @@ NB_MODULE(_emulated, m) {
           [](EmulatedWorld& self, uint32_t rank) { return self.network().counters(rank).changed_sources; },
           "rank"_a, "Writes whose source bytes changed before their completion.");
 }
+
+}  // namespace
+
+NB_MODULE(_emulated, m) { bind_world(m); }
