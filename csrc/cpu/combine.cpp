@@ -5,11 +5,15 @@
 
 #include "cpu/device.h"
 #include "cpu/timer.h"
+#include "errors.h"
 
 namespace efa_ep {
 
 void CpuDevice::combine_send(uint32_t channel_index, const CombineInput& input) {
   require(channel_index, Stage::kPacked, "combine_send");
+  if (options_.per_expert && input.per_slot) {
+    throw ConfigurationError("rows per slot belong to the per_token layout; pass rows per expert");
+  }
   const ScopedTimer timer(counters_.half_ns[static_cast<size_t>(Half::kCombineSend)]);
   Channel& channel = channels_[channel_index];
   channel.stage = Stage::kCombineSent;

@@ -109,6 +109,17 @@ TEST_F(Misuse, CallsOutOfTurn) {
   }
 }
 
+TEST(MisusePerExpert, RowsPerSlotAreRefused) {
+  WorldConfig config = small_config(1, 1);
+  config.per_expert = true;
+  World world(config);
+  Planner planner(config);
+  const std::vector<RankRound> round = planner.plan();
+  run_half(world, Half::kDispatchSend, {0}, round);
+  run_half(world, Half::kDispatchRecv, {0}, round);
+  EXPECT_THROW(world.device(0).combine_send(0, {.per_slot = true}), ConfigurationError);
+}
+
 TEST_F(Misuse, OfTheConstructor) {
   CpuDeviceOptions options;
   options.layout = config_.layout;
