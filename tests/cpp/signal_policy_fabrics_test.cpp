@@ -13,6 +13,7 @@
 #include "fabric_suite.h"
 #include "libfabric_testing.h"
 #include "proxy/signal_policy.h"
+#include "self_advancing_fabric.h"
 #include "test_environment.h"
 
 namespace efa_ep {
@@ -26,26 +27,6 @@ using ::testing::Combine;
 using ::testing::Values;
 using ::testing::ValuesIn;
 
-/// Lets virtual time go on when there is nothing else to see.
-class Advancing final : public Fabric {
- public:
-  Advancing(EmulatedNetwork& network, uint32_t rank) : network_(network), fabric_(network, rank) {}
-  const FabricDescription& description() const override { return fabric_.description(); }
-  void register_memory(std::byte* base, size_t bytes) override { fabric_.register_memory(base, bytes); }
-  std::vector<std::byte> address() const override { return fabric_.address(); }
-  void connect(uint32_t peer, std::span<const std::byte> address) override { fabric_.connect(peer, address); }
-  PostResult post_write(const WriteRequest& request) override { return fabric_.post_write(request); }
-  size_t poll(std::span<Completion> completions) override {
-    const size_t count = fabric_.poll(completions);
-    if (count == 0) network_.advance();
-    return count;
-  }
-
- private:
-  EmulatedNetwork& network_;
-  EmulatedFabric fabric_;
-};
-
 class PolicyOnEmulation : public ::testing::TestWithParam<SignalPolicyKind> {};
 INSTANTIATE_TEST_SUITE_P(All, PolicyOnEmulation, ValuesIn(kSignalPolicies),
                          [](const auto& info) { return name_of(info.param); });
@@ -58,7 +39,7 @@ TEST_P(PolicyOnEmulation, SignalsComeAfterTheirBytes) {
     AllToAll traffic(3, {0, 1, 17, 4096, 500});
     std::vector<std::unique_ptr<Fabric>> fabrics;
     FabricCluster cluster(3, traffic.memory_bytes(), [&](uint32_t rank) {
-      fabrics.push_back(std::make_unique<Advancing>(network, rank));
+      fabrics.push_back(std::make_unique<SelfAdvancingFabric>(network, rank));
       return SignalPolicy::create(GetParam(), *fabrics.back(), network.clock());
     });
     traffic.run(cluster, test_seed(2) + turn);
