@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from vllm_efa_ep.bench.plan import Plan
 from vllm_efa_ep.bench.results import CellResult
@@ -32,7 +32,7 @@ def run_local(plan: Plan, world: int) -> Iterator[CellResult]:
 
     """
     # As under torchrun: the launcher hosts the store, so no port must be guessed.
-    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",

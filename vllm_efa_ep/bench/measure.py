@@ -3,6 +3,7 @@
 import gc
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -153,4 +154,4 @@ def run_round(contestant: Contestant, barrier: Barrier) -> list[int]:
     for index, step in enumerate(steps, start=1):
         step()
         times[index] = time.perf_counter_ns()
-    return [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
+    return [after - before for before, after in pairwise(times)]

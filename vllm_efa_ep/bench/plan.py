@@ -10,7 +10,8 @@ from vllm_efa_ep.bench.contestants.gloo_allgather import GlooAllGather
 from vllm_efa_ep.bench.contestants.gloo_alltoall import GlooAllToAll
 from vllm_efa_ep.bench.contestants.ours import Ours, OursElsewhere
 from vllm_efa_ep.bench.measure import Effort
-from vllm_efa_ep.bench.problem import Cell
+from vllm_efa_ep.bench.problem import FORMATS, Cell
+from vllm_efa_ep.errors import ConfigurationError
 
 OPPONENTS = ("ordinary-tensors", "gloo-agrs", "gloo-a2a", "mpi")
 
@@ -47,6 +48,18 @@ class Plan:
         """Whether the ranks must be mpirun's."""
         return "mpi" in self.against
 
+    def check(self) -> None:
+        """Raise ``ConfigurationError`` for what no world can measure."""
+        for option, given, known in (
+            ("--against", self.against, OPPONENTS),
+            ("--dtype", self.dtypes, tuple(FORMATS)),
+        ):
+            for name in given:
+                if name not in known:
+                    raise ConfigurationError(f"{option} {name} is unknown; choose from {', '.join(known)}")
+        if self.effort.fewest < 1 or self.effort.warm_up < 0:
+            raise ConfigurationError("there must be at least one iteration, and no fewer than 0 to warm up")
+
     def cells(self, world: int, ranks_per_node: int) -> Iterator[Cell]:
         """Yield the cells of a world."""
         for hidden in self.hidden:
@@ -76,4 +89,5 @@ class Plan:
         """Return the plan of ``to_json``."""
         values: dict[str, Any] = json.loads(text)
         values["effort"] = Effort(**values["effort"])
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**(values | lists))

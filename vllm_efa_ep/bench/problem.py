@@ -13,7 +13,7 @@ from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 
 
 class Format(NamedTuple):
-    """How rows travel: the dtype on dispatch, the one on combine, and elements per float32 scale (0: none)."""
+    """How rows travel: dtype on dispatch, dtype on combine, elements per float32 scale (0: no scales)."""
 
     dispatch: torch.dtype
     combine: torch.dtype
