@@ -138,8 +138,8 @@ def _wire_bytes(results: Sequence[CellResult]) -> Plot:
         axes.legend(fontsize=7)
 
     caption = (
-        "Bytes on the wire against the floor: one row of payload per (token, remote node) each way, which no "
-        "exchange without loss can go below."
+        "Bytes on the wire against the floor: one row of payload per (token, remote node) each way, which "
+        "nobody who moves rows unchanged can go below."
     )
     return _panels(
         "wire-bytes", caption, _grouped(results, ["world", "ranks_per_node", "hidden", "dtype"]), draw
