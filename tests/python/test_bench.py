@@ -1,4 +1,4 @@
-"""``vllm-efa-ep bench``: what it counts as time, whom it believes, and that it runs in every kind of world."""
+"""``vllm-efa-ep bench``: what it counts as time, whom it believes, and in which worlds it runs."""
 
 import json
 import subprocess

@@ -16,8 +16,8 @@ from vllm_efa_ep.bench.problem import Cell, Problem
 from vllm_efa_ep.bootstrap import Bootstrap
 
 # Peak memory of a rank in units of (world x tokens) payload rows: scratch buffers, expert outputs, and this
-# package's regions, partials, staging and slots.
-ROWS_IN_MEMORY = 10
+# package's results, staging and slots, twice (`ours` and `ours_elsewhere`).
+ROWS_IN_MEMORY = 14
 Number = TypeVar("Number", np.int64, np.float64)
 
 
