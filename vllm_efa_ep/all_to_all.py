@@ -347,6 +347,9 @@ class AllToAll:
             huge_pages=connection.arena.huge_pages,
             half_seconds=device.half_seconds(),
             wait_seconds=device.wait_seconds(),
+            half_buckets=device.half_buckets(),
+            wait_buckets=device.wait_buckets(),
+            waited_for_seconds=device.waited_for_seconds(),
             **device.counters(),
             **connection.counters(),
         )

@@ -32,6 +32,10 @@ class Stats:
         stall_ns: Nanoseconds in which a fence kept the proxy from posting anything.
         half_seconds: Time inside each half.
         wait_seconds: Part of it spent waiting for other ranks.
+        half_buckets: Complete rounds by the time they spent in each half: samples up to each bound of
+            ``duration_bounds()``, and last those beyond.
+        wait_buckets: The same of the waiting alone.
+        waited_for_seconds: By rank, the time of waits that ended when this rank arrived, the last one missing.
 
     """
 
@@ -59,3 +63,12 @@ class Stats:
     stall_ns: int
     half_seconds: dict[str, float]
     wait_seconds: dict[str, float]
+    half_buckets: dict[str, list[int]]
+    wait_buckets: dict[str, list[int]]
+    waited_for_seconds: list[float]
+
+    @property
+    def slowest_peer(self) -> int | None:
+        """The rank that this one has waited for longest, or None if it never waited."""
+        longest = max(self.waited_for_seconds)
+        return self.waited_for_seconds.index(longest) if longest > 0 else None

@@ -107,6 +107,16 @@ Counters counters_of(const CpuDevice& device) {
   return result;
 }
 
+using Buckets = nb::typed<nb::dict, std::string, std::vector<uint64_t>>;
+
+Buckets buckets_by_half(const std::array<DurationHistogram::Counts, 4>& histograms) {
+  nb::dict result;
+  for (size_t half = 0; half < kHalfNames.size(); ++half) {
+    result[kHalfNames[half]] = std::vector<uint64_t>(histograms[half].begin(), histograms[half].end());
+  }
+  return result;
+}
+
 Seconds seconds_by_half(const std::array<uint64_t, 4>& nanoseconds) {
   nb::dict result;
   for (size_t half = 0; half < kHalfNames.size(); ++half) {
@@ -287,6 +297,16 @@ DispatchOutput dispatch_output(uintptr_t x, uintptr_t scales, uintptr_t ids, uin
 }
 
 void bind_device(nb::module_& m) {
+  m.def(
+      "duration_bounds",
+      [] {
+        std::vector<double> seconds;
+        for (size_t bucket = 0; bucket + 1 < DurationHistogram::kBuckets; ++bucket) {
+          seconds.push_back(static_cast<double>(DurationHistogram::bound(bucket)) * 1e-9);
+        }
+        return seconds;
+      },
+      "Upper bounds of all buckets of a duration histogram but the last, in seconds.");
   nb::enum_<ScalarType>(m, "ScalarType")
       .value("bfloat16", ScalarType::kBfloat16)
       .value("float16", ScalarType::kFloat16)
@@ -360,8 +380,18 @@ void bind_device(nb::module_& m) {
           "channel"_a, "out"_a, ReleaseLock())
       .def("counters", [](const CpuDevice& device) { return counters_of(device); })
       .def("half_seconds", [](const CpuDevice& device) { return seconds_by_half(device.counters().half_ns); })
-      .def("wait_seconds",
-           [](const CpuDevice& device) { return seconds_by_half(device.counters().wait_ns); });
+      .def("wait_seconds", [](const CpuDevice& device) { return seconds_by_half(device.counters().wait_ns); })
+      .def("half_buckets",
+           [](const CpuDevice& device) { return buckets_by_half(device.counters().half_histogram); })
+      .def("wait_buckets",
+           [](const CpuDevice& device) { return buckets_by_half(device.counters().wait_histogram); })
+      .def("waited_for_seconds", [](const CpuDevice& device) {
+        std::vector<double> seconds;
+        for (const uint64_t ns : device.counters().waited_for_ns) {
+          seconds.push_back(static_cast<double>(ns) * 1e-9);
+        }
+        return seconds;
+      });
 }
 
 }  // namespace

@@ -14,9 +14,11 @@
 #include <string>
 #include <vector>
 
+#include "cpu/duration_histogram.h"
 #include "cpu/owner_list.h"
 #include "cpu/placement.h"
 #include "cpu/row_math.h"
+#include "cpu/timer.h"
 #include "protocol/layout.h"
 #include "protocol/round.h"
 #include "proxy/proxy.h"
@@ -77,6 +79,10 @@ struct DeviceCounters {
   std::array<uint64_t, 4>
       half_ns{};  ///< time inside dispatch_send, dispatch_recv, combine_send, combine_recv
   std::array<uint64_t, 4> wait_ns{};  ///< of which waiting for other ranks
+  /// One sample per complete round and half: its time, and the part of it that was waiting.
+  std::array<DurationHistogram::Counts, 4> half_histogram{}, wait_histogram{};
+  /// [world] time of waits that this rank ended by being the last to arrive.
+  std::vector<uint64_t> waited_for_ns{};
 };
 
 enum class Half : uint32_t { kDispatchSend, kDispatchRecv, kCombineSend, kCombineRecv };
@@ -127,6 +133,7 @@ class CpuDevice {
   DeviceCounters counters() const;
 
  private:
+  static constexpr uint32_t kNobody = UINT32_MAX;
   enum class Stage : uint8_t { kIdle, kDispatchSent, kDispatchReady, kPacked, kCombineSent };
 
   /// A rank whose rows this rank's experts receive, in source rank order.
@@ -154,10 +161,14 @@ class CpuDevice {
     std::vector<bool> summed;         // remote nodes to which this round's node sums have been sent
     std::vector<uint32_t> positions;  // per_expert: [row][top_k] position among the rows of the slot's expert
     std::array<uint64_t, kOperations> submitted{};  // writes handed to the proxy so far
+    std::array<uint64_t, 4> half_ns{}, wait_ns{};   // of the round in flight
+    uint32_t missing = kNobody;                     // a rank that was missing when somebody last looked
   };
   struct AtomicCounters {
     std::atomic<uint64_t> rounds{0}, tokens{0}, network_rows{0}, peer_rows{0}, received_rows{0};
     std::array<std::atomic<uint64_t>, 4> half_ns{}, wait_ns{};
+    std::array<DurationHistogram, 4> half_histogram, wait_histogram;
+    std::vector<std::atomic<uint64_t>> waited_for_ns;
   };
 
   // dispatch.cpp
@@ -198,7 +209,11 @@ class CpuDevice {
                  const std::function<uint32_t(uint32_t first, uint32_t count)>& make_rows);
   bool sent(uint32_t channel_index, Operation operation) const;
   std::vector<uint32_t> unfinished_peers() const;
-  void wait(Half half, uint32_t round, const std::function<bool()>& ready,
+  ScopedTimer time_half(Half half, Channel& channel) {
+    return {counters_.half_ns[static_cast<size_t>(half)], channel.half_ns[static_cast<size_t>(half)]};
+  }
+  void record_round(Channel& channel);
+  void wait(Half half, Channel& channel, const std::function<bool()>& ready,
             const std::function<std::vector<uint32_t>()>& missing);
   OwnerList owners_of(const int32_t* ids) const;
   bool is_own(int32_t id) const { return id >= 0 && placement_.owner(id) == options_.rank; }
