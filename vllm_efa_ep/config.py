@@ -167,8 +167,8 @@ SETTINGS: tuple[Setting, ...] = (
         "string",
         "",
         "path",
-        "Directory into which the vLLM plugin writes the counters of each rank, `rank<r>.json`, while "
-        "rounds run. Unset: nowhere.",
+        "Directory into which the vLLM plugin writes the counters of each rank, `rank<r>.json`, four times a "
+        "second; /metrics shows them. Unset: a temporary one.",
     ),
 )
 

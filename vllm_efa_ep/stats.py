@@ -35,7 +35,7 @@ class Stats:
         half_buckets: Complete rounds by the time they spent in each half: samples up to each bound of
             ``duration_bounds()``, and last those beyond.
         wait_buckets: The same of the waiting alone.
-        waited_for_seconds: By rank, the time of waits that ended when this rank arrived, the last one missing.
+        waited_for_seconds: By rank, the time of waits for which it was the last one missing.
 
     """
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
-from vllm_efa_ep.vllm_plugin import logger, seams
+from vllm_efa_ep.vllm_plugin import logger, metrics_endpoint, seams
 from vllm_efa_ep.vllm_plugin.backend_names import (
     BACKEND_NAMES,
     HIGH_THROUGHPUT,
@@ -46,6 +46,7 @@ def apply() -> None:
         _extend_properties()
         _stand_in_for_known_backends()
         _wrap_communicator(communicator)
+        metrics_endpoint.apply()
     if chosen or failure:
         _wrap_engine_args(chosen, failure)
 
@@ -130,6 +131,8 @@ def _stand_in_for_known_backends() -> None:
     @functools.wraps(original)
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
         name = self.parallel_config.all2all_backend
+        if name in _STAND_INS:
+            metrics_endpoint.choose_directory()
         self.parallel_config.all2all_backend = _STAND_INS.get(name, name)
         try:
             original(self, *args, **kwargs)
