@@ -169,9 +169,7 @@ def main() -> None:
     """Run all checks."""
     choose_platform()
     communicators = (seams.CPU_COMMUNICATOR_SEAM, seams.CUDA_COMMUNICATOR_SEAM)
-    seams.require(
-        [*seams.CONFIG_SEAMS, *communicators, *seams.MOE_SEAMS, *seams.CPU_MOE_SEAMS, *seams.METRICS_SEAMS]
-    )
+    seams.require([*seams.CONFIG_SEAMS, *communicators, *seams.MOE_SEAMS, *seams.CPU_MOE_SEAMS])
 
     register()
     check_configuration()

@@ -46,7 +46,6 @@ def apply() -> None:
         _extend_properties()
         _stand_in_for_known_backends()
         _wrap_communicator(communicator)
-        metrics_endpoint.apply()
     if chosen or failure:
         _wrap_engine_args(chosen, failure)
 
@@ -132,7 +131,7 @@ def _stand_in_for_known_backends() -> None:
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
         name = self.parallel_config.all2all_backend
         if name in _STAND_INS:
-            metrics_endpoint.choose_directory()
+            metrics_endpoint.expose()
         self.parallel_config.all2all_backend = _STAND_INS.get(name, name)
         try:
             original(self, *args, **kwargs)

@@ -2,64 +2,55 @@
 
 Ranks are worker processes; /metrics is served by one or several API servers. Ranks write snapshots into the
 directory ``EFA_EP_STATS_DIR``, which is chosen before any of these processes starts and inherited by all, and
-an API server reads them at each scrape. This works with one API server and with several, where vLLM collects
-its own metrics through PROMETHEUS_MULTIPROC_DIR: that mode knows no collectors but its own, and its files
-have no way to set the buckets of a histogram that was counted elsewhere.
+an API server reads them at each scrape.
+
+One API server shows prometheus_client's registry, to which a collector can be added. Several use its
+multiprocess mode: each scrape then builds a registry of its own around a ``MultiProcessCollector``, which
+merges files that metric objects have written. A histogram that was counted elsewhere cannot be put into such
+an object, so our collector speaks after that one. Neither way touches vLLM.
 """
 
 import atexit
 import functools
-import logging
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
-
-from vllm_efa_ep.vllm_plugin import logger, seams
 
 _VARIABLE = "EFA_EP_STATS_DIR"
-_extended: "WeakSet[Any]" = WeakSet()
+_exposed = False
 
 
-def choose_directory() -> None:
-    """Let the processes that are started from here write snapshots; keeps a directory that was chosen."""
-    if os.environ.get(_VARIABLE):
+def expose() -> None:
+    """Show the metrics of all ranks where this process shows metrics; safe to repeat.
+
+    Without ``EFA_EP_STATS_DIR`` in the environment, choose a directory for all processes started from here.
+    """
+    global _exposed
+    if not os.environ.get(_VARIABLE):
+        directory = tempfile.mkdtemp(prefix="efa_ep_stats_")
+        os.environ[_VARIABLE] = directory
+        atexit.register(_remove, directory, os.getpid())
+    if _exposed:
         return
-    directory = tempfile.mkdtemp(prefix="efa_ep_stats_")
-    os.environ[_VARIABLE] = directory
-    atexit.register(_remove, directory, os.getpid())
+    _exposed = True
+    from prometheus_client import REGISTRY
+    from prometheus_client.multiprocess import MultiProcessCollector
 
+    from vllm_efa_ep.metrics.collector import RankCollector
 
-def apply() -> None:
-    """Extend the registry that vLLM shows; call once per process."""
-    problems = seams.problems(seams.METRICS_SEAMS)
-    if problems:  # serving works without; whoever did not ask for us need not hear about it
-        level = logging.WARNING if os.environ.get(_VARIABLE) else logging.DEBUG
-        logger.log(level, "no EFA EP metrics on /metrics with this vLLM: %s", "; ".join(problems))
+    ranks = RankCollector(Path(os.environ[_VARIABLE]))
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        REGISTRY.register(ranks)
         return
-    import vllm.v1.metrics.prometheus as prometheus
-
-    original = prometheus.get_prometheus_registry
+    original = MultiProcessCollector.collect
 
     @functools.wraps(original)
-    def get_prometheus_registry() -> Any:
-        registry = original()
-        directory = os.environ.get(_VARIABLE)
-        if directory and registry not in _extended:
-            from vllm_efa_ep.metrics.collector import RankCollector
+    def collect(self: Any) -> Any:
+        return [*original(self), *ranks.collect()]  # type: ignore[no-untyped-call]
 
-            registry.register(RankCollector(Path(directory)))
-            _extended.add(registry)
-        return registry
-
-    prometheus.get_prometheus_registry = get_prometheus_registry
-    # The module of the route imports the function by name, and may have done so already.
-    route = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")
-    if route is not None:
-        route.get_prometheus_registry = get_prometheus_registry  # type: ignore[attr-defined]
+    MultiProcessCollector.collect = collect  # type: ignore[method-assign]
 
 
 def _remove(directory: str, creator: int) -> None:

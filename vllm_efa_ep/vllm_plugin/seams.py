@@ -63,9 +63,6 @@ CONFIG_SEAMS = (
 )
 """Used by ``config_patches``, in every vLLM process."""
 
-METRICS_SEAMS = (Seam("vllm.v1.metrics.prometheus", "get_prometheus_registry"),)
-"""Used by ``metrics_endpoint``; a vLLM without them serves as well, but without our metrics."""
-
 CPU_COMMUNICATOR_SEAM = Seam(
     f"{_COMMUNICATORS}.cpu_communicator",
     "CpuCommunicator.__init__",
