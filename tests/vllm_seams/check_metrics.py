@@ -2,8 +2,8 @@
 
     python check_metrics.py
 
-With PROMETHEUS_MULTIPROC_DIR in the environment, as vLLM sets it for several API servers, and without. A process
-of its own for each, because prometheus_client chooses between the two when it is imported.
+With PROMETHEUS_MULTIPROC_DIR in the environment, as vLLM sets it for several API servers, and without. A
+process of its own for each, because prometheus_client chooses between the two when it is imported.
 """
 
 import os
