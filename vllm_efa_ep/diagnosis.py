@@ -7,7 +7,7 @@ nothing.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_efa_ep.bootstrap import Bootstrap
@@ -39,7 +39,13 @@ def report_of(error: EfaEpError) -> Report | None:
     return None
 
 
-def explain(bootstrap: Bootstrap, error: EfaEpError, grace_s: float, loss: Callable[[], str]) -> str:
+def explain(
+    bootstrap: Bootstrap,
+    error: EfaEpError,
+    grace_s: float,
+    loss: Callable[[], str],
+    server_of: Sequence[int] | None = None,
+) -> str:
     """Publish this rank's report, read the others', and describe the chain.
 
     Args:
@@ -47,6 +53,7 @@ def explain(bootstrap: Bootstrap, error: EfaEpError, grace_s: float, loss: Calla
         error: What happened here.
         grace_s: How long to wait for reports of others.
         loss: Says which rank is gone, if one is: that explains everything, and nobody else is asked.
+        server_of: As in ``World``: a lost rank's stand-in reports as the rank that serves it. None: all live.
 
     Returns:
         One sentence to append to the error's message, empty if there is nothing to add.
@@ -55,6 +62,8 @@ def explain(bootstrap: Bootstrap, error: EfaEpError, grace_s: float, loss: Calla
     report = report_of(error)
     if report is None:
         return ""
+    if server_of is not None:
+        report = Report(report.what, tuple(sorted({server_of[rank] for rank in report.missing})))
     try:
         bootstrap.publish(_key(bootstrap.rank), json.dumps([report.what, report.missing]))
         reports = _collect(bootstrap, report, grace_s, loss)
