@@ -138,7 +138,9 @@ class Generation:
     def _explained(self, error: EfaEpError) -> EfaEpError:
         grace_s = self._settings.timeout_s * _DIAGNOSIS_SHARE
         watch = self.connection.watch
-        reason = explain(self._bootstrap, error, grace_s, watch.verdict, self.world.server_of)
+        reason = explain(
+            self._bootstrap, error, grace_s, watch.verdict, lambda: watch.called_off, self.world.server_of
+        )
         return _with_reason(error, reason) if reason else error
 
 

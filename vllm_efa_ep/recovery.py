@@ -152,14 +152,14 @@ class Generations:
     def _build_until_it_stands(
         self, membership: Membership, gone: Callable[[], frozenset[int]]
     ) -> Generation:
-        for tries_left in reversed(range(_TRIES)):
+        for _ in range(_TRIES):
             try:
                 return build_generation(
                     self._config, self._bootstrap, self._settings, self._must_agree, membership
                 )
             except EfaEpError as error:
-                failure = error
-                logger.warning("EFA EP: generation %d failed at its start: %s", membership.generation, error)
-            if tries_left > 0:
-                membership = self._agreement.next(membership, gone, {})
-        raise failure
+                failure = f"generation {membership.generation} failed at its start: {error}"
+                logger.warning("EFA EP: %s", failure)
+            membership = self._agreement.next(membership, gone, {})
+        # Not the error itself: its frames refer to the memory of the generation that failed.
+        raise EfaEpError(f"the ranks agreed {_TRIES} times on a mask and could not start; {failure}")

@@ -71,6 +71,11 @@ class Watch:
         return self._lost
 
     @property
+    def called_off(self) -> bool:
+        """Whether another rank has ended everybody's waits."""
+        return self._called_off
+
+    @property
     def gone(self) -> frozenset[int]:
         """All ranks whose end was noticed."""
         return self._gone
@@ -87,16 +92,14 @@ class Watch:
             RankLostError: A rank is gone, or others call for a mask.
 
         """
-        if verdict := self.verdict():
-            raise RankLostError(
-                f"{wait}, but {verdict}", half, round, -1 if self._lost is None else self._lost
-            )
+        if self._lost is not None:
+            raise RankLostError(f"{wait}, but {self.verdict()}", half, round, self._lost)
+        if self._called_off:
+            raise RankLostError(f"{wait}, but another rank has given up and called mask()", half, round, -1)
 
     def verdict(self) -> str:
-        """Say why nobody is waited for any more, empty if there is no reason."""
-        if self._lost is not None:
-            return f"rank {self._lost} is gone: its process has ended or failed"
-        return "another rank gave this generation up and called mask()" if self._called_off else ""
+        """Say who is gone, empty if nobody is."""
+        return "" if self._lost is None else f"rank {self._lost} is gone: its process has ended or failed"
 
     def leave(self) -> None:
         """Tell the neighbours that the end of this rank, which may come now, is no news."""

@@ -9,6 +9,8 @@ from vllm_efa_ep.errors import RankTimeoutError
 
 _FIRST_POLL_SECONDS = 0.001
 _LONGEST_POLL_SECONDS = 0.02
+# Rank 0 knows who is missing, so it is given the time to say so.
+_PATIENCE = 1.1
 
 
 class Keys(Protocol):
@@ -16,6 +18,9 @@ class Keys(Protocol):
 
     def publish(self, key: str, value: str) -> None:
         """Make a value visible to all ranks."""
+
+    def publish_once(self, key: str, value: str) -> str:
+        """Make a value visible to all ranks unless the key has one; return the one that stands."""
 
     def lookup(self, key: str) -> str | None:
         """Return a published value, or None."""
@@ -45,26 +50,30 @@ class KeyGather:
         self._gatherings += 1
         prefix = f"gathering/{self._gatherings}"
         self._keys.publish(f"{prefix}/{self._rank}", b64encode(payload).decode())
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self._timeout_s * (_PATIENCE if self._rank else 1)
         if self._rank == 0:
-            texts = [self._await(f"{prefix}/{rank}", rank, deadline) for rank in range(self._size)]
+            try:
+                texts = [self._await(f"{prefix}/{rank}", rank, deadline) for rank in range(self._size)]
+            except RankTimeoutError as error:
+                self.give_up(str(error))
+                raise
             self._keys.publish(f"{prefix}/all", json.dumps(texts))
         else:
             texts = json.loads(self._await(f"{prefix}/all", 0, deadline))
         return [b64decode(text) for text in texts]
 
     def give_up(self, reason: str) -> None:
-        """Let nobody wait for this rank any more."""
-        self._keys.publish("gathering/ended", f"rank {self._rank}: {reason}")
+        """Let nobody wait any more. What the first says who gives up is what all hear."""
+        self._keys.publish_once("gathering/ended", f"rank {self._rank}: {reason}")
 
     def _await(self, key: str, rank: int, deadline: float) -> str:
         pause_s = _FIRST_POLL_SECONDS
         while (text := self._keys.lookup(key)) is None:
-            what = f"gathering {self._gatherings} on rank {self._rank} waited for rank {rank}"
+            what = f"the start on rank {self._rank} waited for rank {rank}"
             if (reason := self._keys.lookup("gathering/ended")) is not None:
-                raise RankTimeoutError(f"{what}, but it was given up by {reason}", "gathering", 0, (rank,))
+                raise RankTimeoutError(f"{what}, but it was given up by {reason}", "start", 0, (rank,))
             if time.monotonic() > deadline:
-                raise RankTimeoutError(f"{what} {self._timeout_s:g} s", "gathering", 0, (rank,))
+                raise RankTimeoutError(f"{what} for {self._timeout_s:g} s", "start", 0, (rank,))
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_POLL_SECONDS)
         return text
