@@ -1,11 +1,53 @@
 """What an ``AllToAll`` has done so far."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import TypeVar
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a rank counts; see ``Stats`` for each name."""
+
+    counters: dict[str, int | float] = field(default_factory=dict)
+    half_seconds: dict[str, float] = field(default_factory=dict)
+    wait_seconds: dict[str, float] = field(default_factory=dict)
+    half_buckets: dict[str, list[int]] = field(default_factory=dict)
+    wait_buckets: dict[str, list[int]] = field(default_factory=dict)
+    waited_for_seconds: list[float] = field(default_factory=list)
+
+    def __add__(self, other: "Totals") -> "Totals":
+        """Add up, name by name."""
+        return Totals(
+            _sum(self.counters, other.counters),
+            _sum(self.half_seconds, other.half_seconds),
+            _sum(self.wait_seconds, other.wait_seconds),
+            _sum_columns(self.half_buckets, other.half_buckets),
+            _sum_columns(self.wait_buckets, other.wait_buckets),
+            _column_sum(self.waited_for_seconds, other.waited_for_seconds),
+        )
+
+
+_Number = TypeVar("_Number", int, float, int | float)
+
+
+def _sum(first: dict[str, _Number], second: dict[str, _Number]) -> dict[str, _Number]:
+    return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}
+
+
+def _sum_columns(first: dict[str, list[int]], second: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {name: _column_sum(first.get(name, []), second.get(name, [])) for name in {**first, **second}}
+
+
+def _column_sum(first: list[_Number], second: list[_Number]) -> list[_Number]:
+    return [one + other for one, other in zip_longest(first, second, fillvalue=0)]
 
 
 @dataclass(frozen=True)
 class Stats:
     """Totals of one rank since its start, all channels together. Times are in seconds if not named otherwise.
+
+    What a stand-in for a lost rank does is not among them.
 
     Attributes:
         rank: This rank.
@@ -16,10 +58,15 @@ class Stats:
         library: Path and version of libfabric.
         nics: The NICs this rank drives.
         huge_pages: Whether the arena lies in 2 MiB pages.
+        generation: How often the ranks have agreed on a new mask.
+        live_ranks: Ranks that take part.
+        stand_ins: Positions of lost ranks that this one serves.
         rounds: Dispatch + combine rounds started.
         tokens: Tokens this rank dispatched.
         received_rows: Rows received for this rank's experts.
         network_rows: Rows this rank put on the network, dispatch and combine together.
+        dropped_slots: Slots of dispatched tokens that named an expert of a lost rank.
+        dropped_weight: The sum of their router weights; divided by ``tokens``, what an average token lost.
         peer_rows: Rows this rank wrote into the memory of ranks of its own node (itself included).
         writes: RDMA writes posted.
         bytes_written: Payload bytes of those writes.
@@ -47,11 +94,16 @@ class Stats:
     library: str
     nics: tuple[str, ...]
     huge_pages: bool
+    generation: int
+    live_ranks: int
+    stand_ins: int
     rounds: int
     tokens: int
     received_rows: int
     network_rows: int
     peer_rows: int
+    dropped_slots: int
+    dropped_weight: float
     writes: int
     bytes_written: int
     completions: int

@@ -60,6 +60,7 @@ def _by_layout(snapshot: Snapshot) -> Iterator[Snapshot]:
         longest = max(waited_for)
         yield {
             **_sum(group),
+            **{name: group[0][name] for name in ("generation", "live_ranks")},
             "rank": snapshot["rank"],
             "layout": layout,
             "bounds": [*snapshot["duration_bounds"], float("inf")],

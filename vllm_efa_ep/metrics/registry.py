@@ -53,6 +53,10 @@ RANK_METRICS = (
     _counter("received_rows", "received_rows", "Rows received for the rank's experts."),
     _counter("network_rows", "network_rows", "Rows put on the network, dispatch and combine together."),
     _counter("peer_rows", "peer_rows", "Rows offered to ranks of the own node, itself included."),
+    _counter(
+        "dropped_slots", "dropped_slots", "Slots of dispatched tokens that named an expert of a lost rank."
+    ),
+    _counter("dropped_weight", "dropped_weight", "The sum of their router weights."),
     _counter("writes", "writes", "RDMA writes posted."),
     _counter("written_bytes", "bytes_written", "Bytes of those writes."),
     _counter("completions", "completions", "RDMA writes completed."),
@@ -82,6 +86,8 @@ RANK_METRICS = (
         "slowest_peer_wait_seconds",
         "How long it has waited for that rank.",
     ),
+    Metric("efa_ep_generation", "gauge", "generation", "How often the ranks have agreed on a new mask."),
+    Metric("efa_ep_live_ranks", "gauge", "live_ranks", "Ranks that take part."),
     Metric(
         "efa_ep_rank_info",
         "gauge",
