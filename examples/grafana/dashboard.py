@@ -22,6 +22,11 @@ def rate(metric: str, by: str = "rank") -> str:
     return f"sum by ({by}) (rate({metric}{{{RANKS}}}{WINDOW}))"
 
 
+def per_token(metric: str) -> str:
+    """Return the rate of a counter divided by the rate of tokens."""
+    return f"{rate(metric, 'layout')} / {rate('efa_ep_tokens_total', 'layout')}"
+
+
 def nic_rate(metric: str) -> str:
     """Return the rate of a counter of the NICs."""
     return f"sum by (instance, device) (rate({metric}{WINDOW}))"
@@ -139,6 +144,25 @@ def build() -> dashboard.Dashboard:
                 "short",
                 "How many ranks have waited longest for a peer, since their start.",
                 A=f"rank {{{{peer}}}}: {slowest}",
+            )
+        )
+        .with_row(dashboard.Row("Lost ranks"))
+        .with_panel(
+            lines(
+                "Live ranks",
+                "short",
+                "Ranks that take part, as each rank sees it, and how often they had to agree anew.",
+                A=f"live: min by (layout) (efa_ep_live_ranks{{{RANKS}}})",
+                B=f"generation: max by (layout) (efa_ep_generation{{{RANKS}}})",
+            )
+        )
+        .with_panel(
+            lines(
+                "Dropped slots per token",
+                "short",
+                "Choices of experts whose rank is lost, and their router weights.",
+                A=f"slots: {per_token('efa_ep_dropped_slots_total')}",
+                B=f"weight: {per_token('efa_ep_dropped_weight_total')}",
             )
         )
         .with_row(dashboard.Row("Network"))

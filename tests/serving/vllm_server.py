@@ -116,7 +116,7 @@ class Server:
             return list(pool.map(self.complete, PROMPTS))
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], float]]:
-        """Return our samples on /metrics by name, then by their labels' values in the order of their names."""
+        """Return our samples on /metrics by name, then by the values of their sorted labels."""
         with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=30) as answer:
             families = list(text_string_to_metric_families(answer.read().decode()))
         assert any(family.name.startswith("vllm:") for family in families), "vLLM's own metrics are gone"
