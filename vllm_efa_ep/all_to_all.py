@@ -426,5 +426,6 @@ def _must_agree(config: AllToAllConfig, settings: Settings) -> dict[str, object]
         **wanted,
         "EFA_EP_CHUNK_BYTES": settings.chunk_bytes,
         "EFA_EP_RANKS_PER_NODE": settings.ranks_per_node,
+        "EFA_EP_TRACE is set": bool(settings.trace),
         "vllm_efa_ep version": __version__,
     }

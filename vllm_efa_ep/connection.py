@@ -8,6 +8,7 @@ from vllm_efa_ep import _core
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.descriptors import DescriptorExchange
 from vllm_efa_ep.config import Settings
+from vllm_efa_ep.trace.clock import least_delays_ns
 from vllm_efa_ep.watch import CheckWait, Watch, start_watch
 from vllm_efa_ep.world import World, agree
 
@@ -44,9 +45,11 @@ class Connection:
         fabric: _core.SignalPolicy | None,
         proxy: _core.Proxy | None,
         watch: Watch,
+        least_delays_ns: list[int],
     ) -> None:
         """Take over connected parts; ``arenas`` has one entry per rank of the node, ``index`` is the own."""
         self.watch = watch
+        self.least_delays_ns = least_delays_ns
         self.arenas = arenas
         self._index = index
         self._fabric = fabric
@@ -98,7 +101,9 @@ def connect(
     fabric, proxy = None, None
     if world.nodes > 1:
         fabric, proxy = _join_fabric(world, arenas[world.index], layout, bootstrap, settings, timeout_s)
-    return Connection(arenas, world.index, fabric, proxy, start_watch(world, bootstrap, timeout_s))
+    watch = start_watch(world, bootstrap, timeout_s)
+    delays_ns = least_delays_ns(bootstrap) if settings.trace else []
+    return Connection(arenas, world.index, fabric, proxy, watch, delays_ns)
 
 
 def _share_memory(
@@ -161,6 +166,7 @@ def _join_fabric(
             ring_commands=settings.ring_commands,
             timeout_s=timeout_s,
             own_core=len(os.sched_getaffinity(0)) >= 2 * world.ranks_on_host,
+            trace_spans=settings.traced_spans,
         )
         return proxy, b""
 

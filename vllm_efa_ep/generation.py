@@ -30,6 +30,7 @@ from vllm_efa_ep.errors import (
 from vllm_efa_ep.membership import Membership
 from vllm_efa_ep.stand_in import StandIn, servers
 from vllm_efa_ep.stats import Totals
+from vllm_efa_ep.trace.files import write_trace
 from vllm_efa_ep.watch import Watch
 from vllm_efa_ep.world import World, join_world
 
@@ -67,7 +68,9 @@ class Generation:
         # Without a reference to this instance, which would keep itself alive through the device.
         self._check_wait = partial(_check_wait, self.stand_ins, self.connection.watch)
         self._device: _core.CpuDevice | None = _core.CpuDevice(
-            **_device_arguments(config, settings, owners, *position), check_wait=self._check_wait
+            **_device_arguments(config, settings, owners, *position),
+            check_wait=self._check_wait,
+            trace_spans=settings.traced_spans,
         )
         layout = config.core_layout(self.world.size, self.world.ranks_per_node)
         arena = self.connection.arena
@@ -131,11 +134,18 @@ class Generation:
 
     def close(self) -> None:
         """Free everything, without waiting for anybody; safe to repeat."""
+        self._write_trace()
         self._device = None
         self.activations, self.results = [], []
         while self.stand_ins:
             self.stand_ins.pop().close()
         self.connection.close()
+
+    def _write_trace(self) -> None:
+        directory, proxy = self._settings.trace, self.connection.proxy
+        if directory and self._device is not None:
+            delays_ns, generation = self.connection.least_delays_ns, self.membership.generation
+            write_trace(directory, self.world, generation, delays_ns, self._device, proxy)
 
     def _open_device(self) -> _core.CpuDevice:
         if self._device is None:

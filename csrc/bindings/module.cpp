@@ -120,6 +120,29 @@ Buckets buckets_by_half(const std::array<DurationHistogram::Counts, 4>& histogra
   return result;
 }
 
+using Spans = nb::typed<nb::list, nb::typed<nb::dict, std::string, nb::any>>;
+
+Spans spans_of(const std::vector<TraceSpan>& spans) {
+  static constexpr std::array kKinds = {"half", "wait", "write", "arrival"};
+  static constexpr std::array kOperationNames = {"dispatch", "combine"};
+  nb::list result;
+  for (const TraceSpan& span : spans) {
+    const bool device = span.kind == TraceSpan::Kind::kHalf || span.kind == TraceSpan::Kind::kWait;
+    nb::dict entry;
+    entry["kind"] = kKinds[static_cast<size_t>(span.kind)];
+    entry["what"] = device ? kHalfNames[span.what] : kOperationNames[span.what];
+    entry["channel"] = span.channel;
+    entry["round"] = span.round;
+    entry["peer"] = span.peer == TraceSpan::kNoPeer ? nb::object(nb::none()) : nb::cast(span.peer);
+    entry["chunk"] = span.chunk;
+    entry["bytes"] = span.bytes;
+    entry["begin_ns"] = span.begin_ns;
+    entry["end_ns"] = span.end_ns;
+    result.append(entry);
+  }
+  return result;
+}
+
 Seconds seconds_by_half(const std::array<uint64_t, 4>& nanoseconds) {
   nb::dict result;
   for (size_t half = 0; half < kHalfNames.size(); ++half) {
@@ -268,17 +291,21 @@ void bind_proxy(nb::module_& m) {
       .def(
           "__init__",
           [](Proxy* self, Fabric& fabric, const Arena& arena, const Layout& layout, uint32_t rank,
-             uint64_t chunk_bytes, uint32_t ring_commands, double timeout_s, bool own_core) {
+             uint64_t chunk_bytes, uint32_t ring_commands, double timeout_s, bool own_core,
+             size_t trace_spans) {
             new (self) Proxy(fabric, arena.data(),
                              {.layout = layout,
                               .rank = rank,
                               .chunk_bytes = chunk_bytes,
                               .ring_commands = ring_commands,
                               .timeout = seconds(timeout_s),
-                              .own_core = own_core});
+                              .own_core = own_core,
+                              .trace_spans = trace_spans});
           },
           nb::kw_only(), "fabric"_a, "arena"_a, "layout"_a, "rank"_a, "chunk_bytes"_a, "ring_commands"_a,
-          "timeout_s"_a, "own_core"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+          "timeout_s"_a, "own_core"_a, "trace_spans"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def("trace", [](Proxy& proxy) { return spans_of(proxy.trace()); })
+      .def("dropped_spans", &Proxy::dropped_spans)
       .def("counters", [](const Proxy& proxy) { return counters_of(proxy); })
       .def(
           "drain",
@@ -358,15 +385,19 @@ void bind_device(nb::module_& m) {
           "__init__",
           [](CpuDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
              ScalarType combine_type, bool per_expert, double timeout_s,
-             const std::vector<const Arena*>& arenas, Proxy* proxy, const CheckWait& check_wait) {
+             const std::vector<const Arena*>& arenas, Proxy* proxy, const CheckWait& check_wait,
+             size_t trace_spans) {
             CpuDeviceOptions options =
                 device_options(layout, rank, std::move(expert_owner), combine_type, per_expert, timeout_s);
             options.check_interrupt = interrupt_check(check_wait);
+            options.trace_spans = trace_spans;
             new (self) CpuDevice(options, bases_of(arenas), proxy);
           },
           nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
-          "timeout_s"_a, "arenas"_a, "proxy"_a.none(), "check_wait"_a, nb::keep_alive<1, 8>(),
-          nb::keep_alive<1, 9>())
+          "timeout_s"_a, "arenas"_a, "proxy"_a.none(), "check_wait"_a, "trace_spans"_a,
+          nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
+      .def("trace", [](const CpuDevice& device) { return spans_of(device.trace()); })
+      .def("dropped_spans", &CpuDevice::dropped_spans)
       .def(
           "dispatch_send",
           [](CpuDevice& device, uint32_t channel, uintptr_t x, size_t x_stride, uintptr_t scales,

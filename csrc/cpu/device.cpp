@@ -45,6 +45,7 @@ CpuDevice::CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> ar
     channel.slot_rows.resize(topology_.nodes());
     channel.listed.resize(topology_.world);
     channel.summed.resize(topology_.nodes());
+    channel.trace = TraceBuffer(options_.trace_spans);
     for (uint32_t rank = 0; rank < topology_.world; ++rank) {
       const uint32_t node = topology_.node_of(rank);
       Source source;
@@ -69,6 +70,21 @@ DeviceCounters CpuDevice::counters() const {
   }
   counters.waited_for_ns.assign(counters_.waited_for_ns.begin(), counters_.waited_for_ns.end());
   return counters;
+}
+
+std::vector<TraceSpan> CpuDevice::trace() const {
+  std::vector<TraceSpan> spans;
+  for (const Channel& channel : channels_) {
+    const std::vector<TraceSpan> more = channel.trace.spans();
+    spans.insert(spans.end(), more.begin(), more.end());
+  }
+  return spans;
+}
+
+uint64_t CpuDevice::dropped_spans() const {
+  uint64_t dropped = 0;
+  for (const Channel& channel : channels_) dropped += channel.trace.dropped();
+  return dropped;
 }
 
 // At the end of a round, so that a half that is timed in two pieces is one sample.
@@ -152,8 +168,9 @@ void CpuDevice::wait(Half half, Channel& channel, const std::function<bool()>& r
                      const std::function<std::vector<uint32_t>()>& missing) {
   if (ready()) return;
   const uint32_t round = channel.round;
-  const ScopedTimer timer(counters_.wait_ns[static_cast<size_t>(half)],
-                          channel.wait_ns[static_cast<size_t>(half)]);
+  const auto half_index = static_cast<size_t>(half);
+  ScopedTimer timer(counters_.wait_ns[half_index], channel.wait_ns[half_index], channel.trace,
+                    span_of(TraceSpan::Kind::kWait, half, channel));
   const Proxy::Waiting waiting(proxy_);
   const auto start = Clock::now();
   auto last_interrupt_check = start;
@@ -166,6 +183,7 @@ void CpuDevice::wait(Half half, Channel& channel, const std::function<bool()>& r
   for (uint32_t turn = 1;; ++turn) {
     const bool moved = proxy_ != nullptr && proxy_->help();
     if (ready()) {
+      timer.span().peer = channel.missing;
       if (channel.missing != kNobody) {
         const auto waited = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start);
         counters_.waited_for_ns[channel.missing] += static_cast<uint64_t>(waited.count());

@@ -34,6 +34,7 @@ struct CpuDeviceOptions {
   bool per_expert = false;  ///< output layout: [experts, capacity, ...] instead of [rows, ...]
   std::chrono::nanoseconds timeout = std::chrono::seconds(120);
   InterruptCheck check_interrupt = nullptr;
+  size_t trace_spans = 0;  ///< newest spans of a trace to keep per channel; 0: none
 };
 
 /// Tokens to send. All tables are contiguous, row by row.
@@ -133,6 +134,9 @@ class CpuDevice {
   /// Tokens of the round in flight on `channel`.
   uint32_t tokens(uint32_t channel) const { return channels_.at(channel).tokens; }
   DeviceCounters counters() const;
+  /// Halves and waits of the past. No half may be running.
+  std::vector<TraceSpan> trace() const;
+  uint64_t dropped_spans() const;
 
  private:
   static constexpr uint32_t kNobody = UINT32_MAX;
@@ -164,7 +168,8 @@ class CpuDevice {
     std::vector<uint32_t> positions;  // per_expert: [row][top_k] position among the rows of the slot's expert
     std::array<uint64_t, kOperations> submitted{};  // writes handed to the proxy so far
     std::array<uint64_t, 4> half_ns{}, wait_ns{};   // of the round in flight
-    uint32_t missing = kNobody;                     // a rank that was missing when somebody last looked
+    TraceBuffer trace;
+    uint32_t missing = kNobody;  // a rank that was missing when somebody last looked
   };
   struct AtomicCounters {
     std::atomic<uint64_t> rounds{0}, tokens{0}, network_rows{0}, peer_rows{0}, received_rows{0},
@@ -214,7 +219,15 @@ class CpuDevice {
   bool sent(uint32_t channel_index, Operation operation) const;
   std::vector<uint32_t> unfinished_peers() const;
   ScopedTimer time_half(Half half, Channel& channel) {
-    return {counters_.half_ns[static_cast<size_t>(half)], channel.half_ns[static_cast<size_t>(half)]};
+    const auto index = static_cast<size_t>(half);
+    return {counters_.half_ns[index], channel.half_ns[index], channel.trace,
+            span_of(TraceSpan::Kind::kHalf, half, channel)};
+  }
+  TraceSpan span_of(TraceSpan::Kind kind, Half half, const Channel& channel) const {
+    return {.kind = kind,
+            .what = static_cast<uint32_t>(half),
+            .channel = static_cast<uint32_t>(&channel - channels_.data()),
+            .round = channel.round + (half == Half::kDispatchSend && channel.stage == Stage::kIdle)};
   }
   void record_round(Channel& channel);
   void wait(Half half, Channel& channel, const std::function<bool()>& ready,

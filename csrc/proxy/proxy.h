@@ -19,6 +19,7 @@
 #include "proxy/posting.h"
 #include "proxy/tile_puts.h"
 #include "proxy/wait.h"
+#include "trace_buffer.h"
 
 namespace efa_ep {
 
@@ -32,6 +33,7 @@ struct ProxyOptions {
   /// Whether the proxy's thread has a core to itself. If not, who submits does the work at once: waking
   /// another thread would only take the core away from the ranks.
   bool own_core = true;
+  size_t trace_spans = 0;     ///< newest spans of a trace to keep; 0: none
   TilePuts* tiles = nullptr;  ///< on the same fabric; the proxy does their work too. Outlives the proxy
 };
 
@@ -98,6 +100,9 @@ class Proxy {
   uint64_t chunk_bytes() const { return chunk_bytes_; }
   uint32_t rails() const { return rails_; }
   ProxyCounters counters() const;
+  /// Writes, from posting to completion, and arrivals of the past.
+  std::vector<TraceSpan> trace();
+  uint64_t dropped_spans();
 
  private:
   /// Writes to one node's rail peer, in submission order.
@@ -106,6 +111,7 @@ class Proxy {
     size_t next = 0;  // first of `queue` that is not posted
     uint32_t outstanding = 0;
     Refusal refusal;
+    std::array<std::array<uint32_t, kOperations>, kMaxChannels> rounds{};  // whose first chunks are posted
   };
   /// What has arrived of the current round of one (channel, operation, source node).
   struct Pair {
@@ -133,6 +139,7 @@ class Proxy {
   Pair& pair(const Immediate& immediate);
   std::atomic_ref<uint64_t> word(size_t offset) const;
   WriteRequest request_of(uint32_t node, const Command& command) const;
+  void trace_write(const WriteRequest& request, Destination& destination, uint64_t begin_ns);
   // Only the holder of work_ writes counters; readers may be anywhere.
   static void add(std::atomic<uint64_t>& counter, uint64_t amount) {
     counter.store(counter.load(std::memory_order_relaxed) + amount, std::memory_order_relaxed);
@@ -153,6 +160,7 @@ class Proxy {
   std::vector<Pair> pairs_;
   std::vector<Completion> completions_;
   AtomicCounters counters_;
+  TraceBuffer trace_;
 
   std::atomic<bool> failed_{false};
   std::exception_ptr failure_;
