@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "bindings/times.h"
 #include "cpu/device.h"
 #include "cpu/stand_in.h"
 #include "errors.h"
@@ -65,7 +66,6 @@ void translate(const std::exception_ptr& pointer, void*) {
 }
 
 using Counters = nb::typed<nb::dict, std::string, uint64_t>;
-using Seconds = nb::typed<nb::dict, std::string, double>;
 
 nb::typed<nb::dict, std::string, nb::any> describe(const FabricDescription& description) {
   nb::dict result;
@@ -107,47 +107,6 @@ nb::typed<nb::dict, std::string, nb::any> counters_of(const CpuDevice& device) {
   result["peer_rows"] = counters.peer_rows;
   result["dropped_slots"] = counters.dropped_slots;
   result["dropped_weight"] = counters.dropped_weight;
-  return result;
-}
-
-using Buckets = nb::typed<nb::dict, std::string, std::vector<uint64_t>>;
-
-Buckets buckets_by_half(const std::array<DurationHistogram::Counts, 4>& histograms) {
-  nb::dict result;
-  for (size_t half = 0; half < kHalfNames.size(); ++half) {
-    result[kHalfNames[half]] = std::vector<uint64_t>(histograms[half].begin(), histograms[half].end());
-  }
-  return result;
-}
-
-using Spans = nb::typed<nb::list, nb::typed<nb::dict, std::string, nb::any>>;
-
-Spans spans_of(const std::vector<TraceSpan>& spans) {
-  static constexpr std::array kKinds = {"half", "wait", "write", "arrival"};
-  static constexpr std::array kOperationNames = {"dispatch", "combine"};
-  nb::list result;
-  for (const TraceSpan& span : spans) {
-    const bool device = span.kind == TraceSpan::Kind::kHalf || span.kind == TraceSpan::Kind::kWait;
-    nb::dict entry;
-    entry["kind"] = kKinds[static_cast<size_t>(span.kind)];
-    entry["what"] = device ? kHalfNames[span.what] : kOperationNames[span.what];
-    entry["channel"] = span.channel;
-    entry["round"] = span.round;
-    entry["peer"] = span.peer == TraceSpan::kNoPeer ? nb::object(nb::none()) : nb::cast(span.peer);
-    entry["chunk"] = span.chunk;
-    entry["bytes"] = span.bytes;
-    entry["begin_ns"] = span.begin_ns;
-    entry["end_ns"] = span.end_ns;
-    result.append(entry);
-  }
-  return result;
-}
-
-Seconds seconds_by_half(const std::array<uint64_t, 4>& nanoseconds) {
-  nb::dict result;
-  for (size_t half = 0; half < kHalfNames.size(); ++half) {
-    result[kHalfNames[half]] = static_cast<double>(nanoseconds[half]) * 1e-9;
-  }
   return result;
 }
 
@@ -366,16 +325,8 @@ void bind_stand_in(nb::module_& m) {
 
 void bind_device(nb::module_& m) {
   m.attr("NO_OWNER") = kNoOwner;
-  m.def(
-      "duration_bounds",
-      [] {
-        std::vector<double> seconds;
-        for (size_t bucket = 0; bucket + 1 < DurationHistogram::kBuckets; ++bucket) {
-          seconds.push_back(static_cast<double>(DurationHistogram::bound(bucket)) * 1e-9);
-        }
-        return seconds;
-      },
-      "Upper bounds of all buckets of a duration histogram but the last, in seconds.");
+  m.def("duration_bounds", &duration_bounds,
+        "Upper bounds of all buckets of a duration histogram but the last, in seconds.");
   nb::enum_<ScalarType>(m, "ScalarType")
       .value("bfloat16", ScalarType::kBfloat16)
       .value("float16", ScalarType::kFloat16)
@@ -452,13 +403,8 @@ void bind_device(nb::module_& m) {
            [](const CpuDevice& device) { return buckets_by_half(device.counters().half_histogram); })
       .def("wait_buckets",
            [](const CpuDevice& device) { return buckets_by_half(device.counters().wait_histogram); })
-      .def("waited_for_seconds", [](const CpuDevice& device) {
-        std::vector<double> seconds;
-        for (const uint64_t ns : device.counters().waited_for_ns) {
-          seconds.push_back(static_cast<double>(ns) * 1e-9);
-        }
-        return seconds;
-      });
+      .def("waited_for_seconds",
+           [](const CpuDevice& device) { return seconds_by_rank(device.counters().waited_for_ns); });
 }
 
 }  // namespace

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from bench_documents import document
+from thread_world import run_ranks
 
 from vllm_efa_ep.bench import results
 from vllm_efa_ep.bench.compare import caveats, compare
 from vllm_efa_ep.bench.launch import RanksFailedError, run_local
 from vllm_efa_ep.bench.measure import Effort, Timings
+from vllm_efa_ep.bench.member import measure_with
 from vllm_efa_ep.bench.plan import Plan
 from vllm_efa_ep.bench.problem import Cell, Problem, WrongResultError
 from vllm_efa_ep.bench.report import report
@@ -124,6 +126,18 @@ def test_a_run_under_mpirun() -> None:
     plan = replace(PLAN, dtypes=("bf16",), tokens=(2,), against=("mpi",))
     (found,) = run_local(plan, 2)
     assert len(found["contestants"]["mpi_alltoallv"]["rounds_us"]) == 3
+
+
+def test_a_run_over_any_bootstrap() -> None:
+    """Ranks that something else has started and connected, such as Ray, need no process group."""
+    plan = replace(PLAN, tokens=(2,))
+    first, second = run_ranks(2, lambda bootstrap: measure_with(bootstrap, plan.to_json()))
+    assert [each["cell"]["dtype"] for each in first] == ["bf16", "fp8"]
+    assert second == []
+    with pytest.raises(ConfigurationError, match="process group"):
+        run_ranks(
+            2, lambda bootstrap: measure_with(bootstrap, replace(plan, against=("gloo-a2a",)).to_json())
+        )
 
 
 def test_a_rank_that_fails_fails_the_run() -> None:

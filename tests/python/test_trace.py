@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_halves_follow_each_other_with_their_waits_inside(timeline: dict[str, An
         once = [half for i, half in enumerate(halves) if i == 0 or half["name"] != halves[i - 1]["name"]]
         assert [half["name"] for half in once] == HALVES * ROUNDS
         assert [half["args"]["round"] for half in once] == [1 + i // 4 for i in range(4 * ROUNDS)]
-        for before, after in zip(halves, halves[1:], strict=False):
+        for before, after in pairwise(halves):
             assert before["ts"] + before["dur"] <= after["ts"] + TICK_US
         for wait in waits[rank]:
             inside = [

@@ -54,10 +54,22 @@ def measure_with_torch(plan: Plan, report: Report) -> None:
         dist.destroy_process_group()
 
 
-def measure_with(bootstrap: Bootstrap, plan: Plan, report: Report) -> None:
-    """Measure between ranks that ``bootstrap`` connects; without the contestants that need more than it."""
+def measure_with(bootstrap: Bootstrap, plan_json: str) -> list[CellResult]:
+    """Measure between ranks that ``bootstrap`` connects, without the contestants that need more than it.
+
+    Args:
+        bootstrap: Any; what a launcher such as ``run_on_ray`` gives each rank.
+        plan_json: ``Plan.to_json()``, equal on all ranks.
+
+    Returns:
+        The cells on rank 0, nothing elsewhere.
+
+    """
     torch.set_num_threads(1)
-    measure(plan, Workplace(bootstrap, settings_of(plan)), report)
+    plan = Plan.from_json(plan_json)
+    found: list[CellResult] = []
+    measure(plan, Workplace(bootstrap, settings_of(plan)), found.append)
+    return found
 
 
 def settings_of(plan: Plan) -> Settings:

@@ -1,7 +1,7 @@
 """How far the clocks of ranks are apart, from messages that all of them exchange anyway.
 
-Let ``d(a, b)`` be the least time, over some messages, from ``a``'s clock at sending to ``b``'s on arrival: the
-least transit plus the offset of ``b``'s clock. In ``d(b, a)`` the offset counts the other way. Half the
+Let ``d(a, b)`` be the least time, over some messages, from ``a``'s clock at sending to ``b``'s on arrival:
+the least transit plus the offset of ``b``'s clock. In ``d(b, a)`` the offset counts the other way. Half the
 difference is the offset, and half the sum bounds its error, whatever the transits are (as in NTP, RFC 5905).
 """
 
