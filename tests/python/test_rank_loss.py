@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from masked_rounds import Script, config_of, play, play_round
+from masked_rounds import Script, config_of, play
 from process_world import DEADLINE_S, ProcessWorld, Rank
 from store_world import StoreWorld
 from test_failure import Victim
@@ -88,7 +88,7 @@ def _body(rank: Rank, loss: Loss) -> dict[str, Any]:
     if own in loss.victims:
         script = Victim(rank, loss.half, loss.inside)
     with pytest.raises((RankLostError, TransportError)) as lost:
-        _play_until_the_loss(all_to_all, script)
+        play(all_to_all, 3, seed=2, script=script)  # what the dead had sent lets others go on
     if own in loss.recovering:
         generation.connect = _die  # type: ignore[assignment]
     live = all_to_all.mask()
@@ -111,11 +111,6 @@ def _body(rank: Rank, loss: Loss) -> dict[str, Any]:
     all_to_all.close()
     assert _mapped_arenas() == 0
     return found
-
-
-def _play_until_the_loss(all_to_all: AllToAll, script: Script) -> None:
-    for number in range(3):  # what the dead had sent lets others go on
-        play_round(all_to_all, 2 + number, script=script)
 
 
 def _check(loss: Loss) -> None:
