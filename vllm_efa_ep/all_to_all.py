@@ -305,6 +305,17 @@ class AllToAll:
         """Return the live ranks, ascending: those that the last mask agreed on."""
         return self._generations.current().membership.members
 
+    def lost_ranks(self) -> tuple[int, ...]:
+        """Return the ranks left out by the last mask and those whose end was noticed since. Asks nobody."""
+        generation = self._generations.current()
+        gone = {*range(self.world_size)} - {*generation.membership.members} | generation.connection.watch.gone
+        return tuple(sorted(gone))
+
+    @property
+    def failed(self) -> bool:
+        """Whether a half has failed, so that all of them raise until ``mask``."""
+        return self._generations.current().failure is not None
+
     @property
     def incarnation(self) -> int:
         """How often this rank has come back: 0 for the process that was there at the start."""

@@ -117,11 +117,11 @@ def _check(loss: Loss) -> None:
     with StoreWorld(loss.size, _body, loss) as world:
         for rank in range(loss.size):
             world.hear(rank, "ready")
-        for victim in loss.victims:
-            if not loss.inside or loss.waiting:
+        if not loss.inside or loss.waiting:  # else it dies by itself, of a page that cannot be read
+            for victim in loss.victims:
                 world.hear(victim, "there")
-        for victim in loss.victims:
-            world.signal(victim, signal.SIGKILL)
+            for victim in loss.victims:
+                world.signal(victim, signal.SIGKILL)
         if loss.waiting:
             for rank in (*loss.survivors, *loss.recovering):
                 world.go(rank)
