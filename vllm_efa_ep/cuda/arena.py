@@ -1,8 +1,8 @@
 """A rank's arena in GPU memory: what ``_core.Arena`` is for CPU memory.
 
-It comes from CUDA's virtual memory management rather than cudaMalloc, so that it has a file descriptor: local
-ranks map it with what a Unix socket gives them, no ptrace rights as for pidfd_getfd, no CUDA IPC. The NICs get
-the same memory as a dma-buf.
+It comes from CUDA's virtual memory management rather than cudaMalloc, so that it has a file
+descriptor: local ranks map it with what a Unix socket gives them, without the ptrace rights of pidfd_getfd, without CUDA IPC.
+The NICs get the same memory as a dma-buf.
 """
 
 import os
@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from vllm_efa_ep.cuda.driver import Gpu, bindings, call
-from vllm_efa_ep.errors import DeviceError, DeviceUnavailableError
+from vllm_efa_ep.errors import CudaError, DeviceUnavailableError
 
 
 class DeviceArena:
@@ -42,13 +42,13 @@ class DeviceArena:
         """Allocate at least ``wanted`` zero bytes on ``gpu`` that peers can map and NICs can write.
 
         Raises:
-            DeviceError: The driver refuses, for example because the GPU's memory is used up.
+            CudaError: The driver refuses, for example because the GPU's memory is used up.
 
         """
         cuda = bindings()
         properties = cuda.CUmemAllocationProp()
         properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        properties.requestedHandleTypes = _FILE_DESCRIPTOR(cuda)
+        properties.requestedHandleTypes = _file_descriptor()
         properties.location = _location(gpu)
         properties.allocFlags.gpuDirectRDMACapable = 1
         granularity = call(
@@ -62,7 +62,7 @@ class DeviceArena:
         with ExitStack() as cleanup:
             handle = call(purpose, "cuMemCreate", size, properties, 0)
             cleanup.callback(call, "freeing", "cuMemRelease", handle)
-            descriptor = call(purpose, "cuMemExportToShareableHandle", handle, _FILE_DESCRIPTOR(cuda), 0)
+            descriptor = call(purpose, "cuMemExportToShareableHandle", handle, _file_descriptor(), 0)
             cleanup.callback(os.close, descriptor)
             arena = cls(gpu, handle, size, descriptor, cleanup)
             call(purpose, "cuMemsetD8", arena.address, 0, size)
@@ -76,22 +76,21 @@ class DeviceArena:
 
         Raises:
             DeviceUnavailableError: ``gpu`` cannot reach the peer's GPU.
-            DeviceError: The driver refuses for another reason.
+            CudaError: The driver refuses for another reason.
 
         """
-        cuda = bindings()
         purpose = "importing a local peer's memory"
         with ExitStack() as cleanup:
-            handle = call(purpose, "cuMemImportFromShareableHandle", descriptor, _FILE_DESCRIPTOR(cuda))
+            handle = call(purpose, "cuMemImportFromShareableHandle", descriptor, _file_descriptor())
             cleanup.callback(call, "freeing", "cuMemRelease", handle)
             try:
                 arena = cls(gpu, handle, size, -1, cleanup)
-            except DeviceError as error:
+            except CudaError as error:
                 if "CUDA_ERROR_INVALID_DEVICE" not in str(error):
                     raise
                 raise DeviceUnavailableError(
-                    f"GPU {gpu.ordinal} cannot reach a local peer's GPU ({error}); ranks of one node need NVLink or "
-                    "PCIe peer access (`nvidia-smi topo -p2p rw`), or set EFA_EP_RANKS_PER_NODE=1"
+                    f"GPU {gpu.ordinal} cannot reach a local peer's GPU ({error}); ranks of one node need "
+                    "NVLink or PCIe peer access (`nvidia-smi topo -p2p rw`), or set EFA_EP_RANKS_PER_NODE=1"
                 ) from error
             arena._cleanup = cleanup.pop_all()
             return arena
@@ -139,5 +138,5 @@ def _location(gpu: Gpu) -> Any:
     return location
 
 
-def _FILE_DESCRIPTOR(cuda: Any) -> Any:
-    return cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+def _file_descriptor() -> Any:
+    return bindings().CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
