@@ -18,11 +18,13 @@ enum class Fault : uint32_t {
   kRowExpert,      ///< a row from `rank` names expert `detail`, which does not exist: ProtocolError
 };
 
+enum class Half : uint32_t { kDispatchSend, kDispatchRecv, kCombineSend, kCombineRecv };
+
 struct DeviceError {
   Fault fault = Fault::kNone;
-  uint32_t half = 0;  ///< 0 dispatch_send, 1 dispatch_recv, 2 combine_send, 3 combine_recv
+  Half half = Half::kDispatchSend;
   uint32_t channel = 0;
-  uint32_t rank = 0;  ///< the rank waited for, or the one whose data is wrong; else the own one
+  uint32_t rank = 0;  ///< the one waited for, or whose data is wrong; the own one if that is its proxy
   uint32_t round = 0;
   int64_t detail = 0;
 
@@ -30,14 +32,14 @@ struct DeviceError {
 
   /// As in memory. The first word is 0 without a fault and is written last, with release.
   constexpr std::array<uint64_t, 2> encode() const {
-    return {uint64_t{round} << 32 | uint64_t{rank} << 16 | channel << 12 | half << 8 |
+    return {uint64_t{round} << 32 | uint64_t{rank} << 16 | channel << 12 | static_cast<uint32_t>(half) << 8 |
                 static_cast<uint32_t>(fault),
             static_cast<uint64_t>(detail)};
   }
   static constexpr DeviceError decode(std::array<uint64_t, 2> words) {
     const auto low = static_cast<uint32_t>(words[0]);
     return {.fault = static_cast<Fault>(low & 0xFFu),
-            .half = low >> 8 & 0xFu,
+            .half = static_cast<Half>(low >> 8 & 0xFu),
             .channel = low >> 12 & 0xFu,
             .rank = low >> 16,
             .round = static_cast<uint32_t>(words[0] >> 32),

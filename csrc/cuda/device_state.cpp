@@ -15,7 +15,7 @@ constexpr size_t kPartAlignment = 256;
 /// Takes consecutive parts of the workspace.
 class Parts {
  public:
-  explicit Parts(std::byte* base) : base_(base) {}
+  explicit Parts(std::byte* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
 
   template <class T>
   T* take(size_t count) {
@@ -26,7 +26,7 @@ class Parts {
   size_t used() const { return used_; }
 
  private:
-  std::byte* const base_;
+  const uintptr_t base_;
   size_t used_ = 0;
 };
 
@@ -57,6 +57,7 @@ void place_channel(const DeviceConfig& config, Parts& parts, uint32_t channel_in
   channel.sent = parts.take<Tile>(size_t{state.destinations()} * state.token_tiles);
   channel.sent_rows = parts.take<uint32_t>(state.destinations());
   channel.forwarded = parts.take<Tile>(others * state.ranks_per_node() * state.token_tiles);
+  channel.slot_rows = parts.take<uint32_t>(others);
   channel.forwarded_rows = parts.take<uint32_t>(others * state.ranks_per_node());
   channel.first_row = parts.take<uint32_t>(state.world() + 1);
   channel.received = parts.take<const std::byte*>(state.capacity());

@@ -52,6 +52,7 @@ struct ChannelState {
   Tile* sent = nullptr;                  ///< [destinations][token tiles] own tokens by destination
   uint32_t* sent_rows = nullptr;         ///< [destinations]
   Tile* forwarded = nullptr;             ///< [nodes - 1][ranks_per_node][token tiles] rows of a slot by owner
+  uint32_t* slot_rows = nullptr;         ///< [nodes - 1] rows in the slots
   uint32_t* forwarded_rows = nullptr;    ///< [nodes - 1][ranks_per_node]
   uint32_t* first_row = nullptr;         ///< [world + 1] of a source's rows, in the output
   const std::byte** received = nullptr;  ///< [world * max_tokens] where each received row lies
