@@ -21,6 +21,57 @@ DP_DEVICE const std::byte* slot_of(const Context& at, uint32_t source_node) {
 
 // ---- forward -------------------------------------------------------------------------------------------
 
+/// Slots that a block has found complete and not forwarded yet.
+struct Arrivals {
+  uint32_t count;
+  uint32_t nodes[kMaxNodes];
+  uint32_t rows[kMaxNodes];
+};
+
+/// The blocks share the other nodes out among them, starting behind the own one.
+DP_DEVICE uint32_t nodes_of_block(const DeviceState& device) {
+  const uint32_t others = device.nodes - 1;
+  return blockIdx.x < others ? (others - 1 - blockIdx.x) / gridDim.x + 1 : 0;
+}
+
+/// Waits until at least one of the block's `nodes` slots is complete, and lists all that are. Called by one
+/// warp; a lane's bits in `done` are the slots that it has listed. Lists none after a fault.
+DP_DEVICE void watch_slots(const Context& at, uint32_t nodes, uint32_t& done, Arrivals& arrived) {
+  const DeviceState& device = at.device;
+  if (lane_id() == 0) arrived.count = 0;
+  __syncwarp();
+  bool found = false;
+  bool failed = false;
+  Deadline deadline(at, device.rank);
+  while (!__any_sync(kFullWarp, found || failed)) {
+    bool waiting = false;
+    for (uint32_t i = lane_id(), bit = 1; i < nodes && !failed; i += 32, bit *= 2) {
+      if ((done & bit) != 0) continue;
+      const uint32_t node = (device.node + 1 + blockIdx.x + i * gridDim.x) % device.nodes;
+      const uint32_t source = at.layout().topology.rail_peer(device.rank, node);
+      const uint64_t* flag = arrival_of(at, Operation::kDispatch, node);
+      const RoundWord word = RoundWord::decode(dp::ld_acquire_sys(flag));
+      if (word.round != at.counters().round) {
+        waiting = true;
+        deadline.watch(source);
+      } else if (word.rows > at.layout().max_tokens) {
+        fail(at, Fault::kRowCount, source, word.rows);
+        failed = true;
+      } else {
+        const uint32_t place = atomicAdd(&arrived.count, 1);
+        arrived.nodes[place] = node;
+        arrived.rows[place] = word.rows;
+        done |= bit;
+        found = true;
+      }
+    }
+    if (waiting && !found && !failed) failed = deadline.expired();
+  }
+  failed = __any_sync(kFullWarp, failed);
+  __syncwarp();
+  if (failed && lane_id() == 0) arrived.count = 0;
+}
+
 /// Writes the numbers of a set's rows, in order. All lanes of a warp call it together.
 DP_DEVICE void write_list(const Tile* set, uint32_t tiles, uint32_t* list) {
   for (uint32_t tile = 0; tile < tiles; ++tile) {
@@ -212,39 +263,19 @@ DP_DEVICE void pack_per_expert(const Context& at, const std::byte* row, uint32_t
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     forward_slots(const DeviceState* __restrict__ state, uint32_t channel) {
   DP_SHARED_ARRAY(TileScratch, scratch, kWarps);
-  DP_SHARED_ARRAY(uint32_t, arrived_nodes, kMaxNodes);
-  DP_SHARED_ARRAY(uint32_t, arrived_rows, kMaxNodes);
-  DP_SHARED(uint32_t, arrived);
+  DP_SHARED(Arrivals, arrived);
   const Context at = context_of(state, channel);
   const DeviceState& device = at.device;
   if (!block_may_run(device)) return;
-  // Each thread watches at most one node; the block takes whatever has arrived.
-  const uint32_t step = 1 + blockIdx.x + threadIdx.x * gridDim.x;
-  const uint32_t node = (device.node + step) % device.nodes;
-  const uint32_t source = at.layout().topology.rail_peer(device.rank, node);
-  bool waiting = step < device.nodes;
-  bool failed = false;
-  Deadline deadline(at, source);
-  while (!__syncthreads_or(failed) && __syncthreads_or(waiting)) {
-    if (threadIdx.x == 0) arrived = 0;
+  uint32_t done = 0;
+  const uint32_t nodes = nodes_of_block(device);
+  for (uint32_t taken = 0; taken < nodes; taken += arrived.count) {
+    __syncthreads();  // all have read arrived.count
+    if (warp_id() == 0) watch_slots(at, nodes, done, arrived);
     __syncthreads();
-    if (waiting) {
-      const RoundWord word =
-          RoundWord::decode(dp::ld_acquire_sys(arrival_of(at, Operation::kDispatch, node)));
-      if (word.round == at.counters().round) {
-        waiting = false;
-        const uint32_t i = atomicAdd(&arrived, 1);
-        arrived_nodes[i] = node;
-        arrived_rows[i] = word.rows;
-        failed = word.rows > at.layout().max_tokens;
-        if (failed) fail(at, Fault::kRowCount, source, word.rows);
-      } else {
-        failed = deadline.expired();
-      }
-    }
-    if (__syncthreads_or(failed)) break;
-    for (uint32_t i = 0; i < arrived; ++i) {
-      forward_slot(at, arrived_nodes[i], arrived_rows[i], scratch[warp_id()]);
+    if (arrived.count == 0) return;  // after a fault
+    for (uint32_t i = 0; i < arrived.count; ++i) {
+      forward_slot(at, arrived.nodes[i], arrived.rows[i], scratch[warp_id()]);
     }
   }
 }

@@ -62,6 +62,9 @@ class Deadline {
  public:
   DP_DEVICE Deadline(const Context& at, uint32_t rank) : at_(at), rank_(rank), start_(dp::global_timer()) {}
 
+  /// The rank to name, if it is another one now.
+  DP_DEVICE void watch(uint32_t rank) { rank_ = rank; }
+
   /// To be asked between two looks. True if there is no point in another one.
   DP_DEVICE bool expired() {
     dp::spin_pause();
@@ -79,7 +82,7 @@ class Deadline {
  private:
   static constexpr uint32_t kLooksPerCheck = 64;  // `stop` lies beyond PCIe
   const Context& at_;
-  const uint32_t rank_;
+  uint32_t rank_;
   const uint64_t start_;
   uint32_t looks_ = 0;
 };

@@ -34,6 +34,7 @@ if(cuda_found)
   message(STATUS "CUDA kernels for ${built_architectures}, by ${CMAKE_CUDA_COMPILER}")
 elseif(EFA_EP_CUDA STREQUAL "SIMT")
   set(built_architectures "simt")
+  target_link_libraries(efa_ep_cuda INTERFACE simt_device)  # tests/simt
   message(STATUS "CUDA kernels on CPU fibers: for tests, not for use")
 else()
   message(WARNING "No CUDA kernels in this build: nvcc was not found (EFA_EP_CUDA=${EFA_EP_CUDA}). The package will "

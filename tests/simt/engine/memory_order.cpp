@@ -74,6 +74,11 @@ void register_range(const void* p, size_t bytes, MemoryKind kind, int device) {
   g_have_ranges = true;
 }
 
+void unregister_ranges(int device) {
+  std::lock_guard<std::mutex> lock(g_mutex);
+  std::erase_if(g_ranges, [device](const Range& r) { return r.device == device; });
+}
+
 void check_scope(const void* p, Scope scope) {
   if (scope == Scope::sys) return;
   if (const Range* r = foreign_range(p)) {

@@ -11,6 +11,7 @@ thread_local CudaThread* tls_thread __attribute__((tls_model("initial-exec"))) =
 namespace {
 
 constexpr uint32_t kLoadsPerYield = 256;  // polling detector: yield at least this often
+constexpr uint32_t kSpinsPerTurn = 64;
 
 uint32_t count_runnable(const Block* b) {
   uint32_t n = b->async.queue.empty() ? 0 : 1;
@@ -132,8 +133,9 @@ void reschedule(Block* b, Fiber* me, Yield reason) {
   const bool chaos = g_config.chaos != 0;
   if (reason == Yield::spinning) {
     w->stats.spins++;
-    if (++b->spins > count_runnable(b)) {  // everybody only polls: let other blocks run
-      b->spins = 0;
+    // Everybody only polls, or somebody polls between barriers for ever: let other blocks run.
+    if (++b->spins > count_runnable(b) || ++b->spins_this_turn > kSpinsPerTurn) {
+      b->spins = b->spins_this_turn = 0;
       switch_to(w, me, nullptr);
       return;
     }

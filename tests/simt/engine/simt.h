@@ -135,7 +135,9 @@ Stats stats();
 // Registers memory with its owner. Synchronising on registered memory of another device, or on host
 // memory, with less than system scope is then a fatal error.
 enum class MemoryKind : uint8_t { device, host };
+// While no kernel runs.
 void register_range(const void* p, size_t bytes, MemoryKind kind, int device);
+void unregister_ranges(int device);
 
 // Launches a kernel function. When translated PTX kernels are linked into the program (see ptx/),
 // the PTX version of the same kernel runs instead.
