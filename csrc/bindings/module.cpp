@@ -139,6 +139,8 @@ void bind_protocol(nb::module_& m) {
           nb::kw_only(), "world"_a, "ranks_per_node"_a, "top_k"_a, "payload_bytes"_a, "scale_bytes"_a,
           "combine_bytes"_a, "max_tokens"_a, "channels"_a)
       .def_prop_ro("total_bytes", &Layout::total_bytes)
+      .def_prop_ro("signal_bytes", &Layout::signal_bytes)
+      .def_prop_ro("top_k", [](const Layout& layout) { return layout.row.top_k; })
       .def_prop_ro("dispatch_row_bytes", &Layout::dispatch_row)
       .def_prop_ro("combine_row_bytes", &Layout::combine_row)
       .def_ro("channels", &Layout::channels)

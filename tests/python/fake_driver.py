@@ -187,6 +187,9 @@ class FakeDriver:
     def cuMemsetD8(self, pointer: Any, value: int, size: int) -> None:
         ctypes.memset(int(pointer), value, size)
 
+    def cuMemsetD32Async(self, pointer: int, value: int, count: int, stream: Any) -> None:
+        ctypes.memmove(pointer, value.to_bytes(4, "little") * count, 4 * count)
+
     def cuMemcpyHtoD(self, pointer: Any, source: Any, size: int) -> None:
         ctypes.memmove(int(pointer), bytes(source), size)
 
