@@ -46,7 +46,7 @@ inline InterruptCheck interrupt_check(CheckWait check_wait) {
   };
 }
 
-/// Kernels and what they need; in builds without kernels only says that there are none.
+/// Halves on a GPU, and what they need.
 void bind_cuda(nanobind::module_& m);
 
 }  // namespace efa_ep::bindings

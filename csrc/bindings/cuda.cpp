@@ -6,17 +6,13 @@
 
 #include "bindings/common.h"
 
-#ifdef EFA_EP_CUDA_ARCHITECTURES
 #include "cuda/device.h"
-#include "errors.h"
-#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace efa_ep::bindings {
 
-#ifdef EFA_EP_CUDA_ARCHITECTURES
 namespace {
 
 using cuda::CudaDevice;
@@ -53,6 +49,7 @@ void bind_quantisation(nb::module_& m) {
 }  // namespace
 
 void bind_cuda(nb::module_& m) {
+  // Empty in builds without kernels, whose launches throw.
   m.attr("cuda_architectures") = EFA_EP_CUDA_ARCHITECTURES;
   bind_host_block(m);
   bind_quantisation(m);
@@ -152,8 +149,5 @@ void bind_cuda(nb::module_& m) {
           "channel"_a, "stream"_a, "out"_a, ReleaseLock())
       .def("throw_if_failed", &CudaDevice::throw_if_failed);
 }
-#else
-void bind_cuda(nb::module_& m) { m.attr("cuda_architectures") = ""; }
-#endif
 
 }  // namespace efa_ep::bindings

@@ -14,7 +14,7 @@ namespace {
   if (error == cudaErrorNoKernelImageForDevice) {
     remedy =
         "; this build has no kernels for this GPU (`vllm_efa_ep.__cuda__` lists those it has): build with "
-        "EFA_EP_CUDA_ARCHITECTURES";
+        "CMAKE_ARGS=-DEFA_EP_CUDA_ARCHITECTURES=...";
   } else if (error == cudaErrorInsufficientDriver) {
     remedy = "; the driver is missing, or older than the CUDA release that this build was made with";
   }

@@ -21,7 +21,7 @@ def newest_libfabric() -> str:
 @pytest.mark.parametrize("signals", ["pinned", "gdrcopy"])
 def test_rounds_match_the_oracle(signals: str) -> None:
     """Host memory, registration, proxy, bindings and kernels together give what the CPU's halves give."""
-    module, provider = BUILD / "cpp-fibers", BUILD / "cpp-plain/efaemu"
+    module, provider = BUILD / "cpp-plain", BUILD / "cpp-plain/efaemu"
     if not list(module.glob("_core*.so")) or not provider.exists():
         pytest.skip("`make test` builds the kernels for fibers, and efaemu")
     environment = os.environ | {
