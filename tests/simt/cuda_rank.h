@@ -136,6 +136,19 @@ class CudaRank {
     cuda::launch_combine_recv(launch(channel), buffers(channel).out.data());
   }
 
+  void queue(Half half, uint32_t channel, const RankRound& round) {
+    switch (half) {
+      case Half::kDispatchSend:
+        return dispatch_send(channel, round);
+      case Half::kDispatchRecv:
+        return dispatch_recv(channel);
+      case Half::kCombineSend:
+        return combine_send(channel);
+      case Half::kCombineRecv:
+        return combine_recv(channel);
+    }
+  }
+
   void sync() {
     for (const simt::stream_t stream : streams_) simt::stream_sync(stream);
   }

@@ -53,7 +53,7 @@ WorldConfig draw(uint32_t nodes, uint32_t ranks_per_node, uint32_t turn, uint64_
 CudaRank::Options draw_options(uint64_t seed) {
   std::mt19937_64 random(~seed);
   CudaRank::Options options;
-  options.num_sms = 1 + random() % 3;
+  options.num_sms = 1 + random() % (kSanitized ? 2 : 3);
   options.ring_capacity = 1u << random() % 7;
   options.tokens_on_device = random() % 2 == 0;
   return options;
