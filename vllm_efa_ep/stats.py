@@ -122,5 +122,5 @@ class Stats:
     @property
     def slowest_peer(self) -> int | None:
         """The rank that this one has waited for longest, or None if it never waited."""
-        longest = max(self.waited_for_seconds)
+        longest = max(self.waited_for_seconds, default=0)
         return self.waited_for_seconds.index(longest) if longest > 0 else None

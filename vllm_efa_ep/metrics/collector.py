@@ -57,7 +57,7 @@ def _by_layout(snapshot: Snapshot) -> Iterator[Snapshot]:
         groups[instance["layout"]].append(instance)
     for layout, group in groups.items():
         waited_for = _sum([each["waited_for_seconds"] for each in group])
-        longest = max(waited_for)
+        longest = max(waited_for, default=0)
         yield {
             **_sum(group),
             **{name: group[0][name] for name in ("generation", "live_ranks")},

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_efa_ep import _core
 from vllm_efa_ep.errors import ConfigurationError
+from vllm_efa_ep.rank_memory import Halves
 from vllm_efa_ep.world import World
 
 SCHEMA = "vllm-efa-ep trace 1"
@@ -20,7 +21,7 @@ def write_trace(
     world: World,
     generation: int,
     least_delays_ns: Sequence[int],
-    device: _core.CpuDevice,
+    device: Halves,
     proxy: _core.Proxy | None,
 ) -> None:
     """Write ``rank<r>.<process>.<number>.json``; a process may have several instances and generations."""
