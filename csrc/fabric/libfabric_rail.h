@@ -65,7 +65,7 @@ class LibfabricRail {
   void set_endpoint_options();
   void prepare_receives();
   void post_receives();
-  FidPtr<fid_mr> register_piece(void* base, size_t bytes, uint64_t access, uint64_t requested_key) const;
+  FidPtr<fid_mr> register_piece(void* base, size_t bytes, uint64_t access, uint64_t key) const;
   const Peer& target_of(const WriteRequest& request) const;
   bool is_receive(const void* context) const;
   Write* write_of(void* context);
@@ -78,6 +78,7 @@ class LibfabricRail {
   // In the order of creation: destruction in reverse closes the endpoint first.
   InfoPtr info_;
   uint32_t index_;
+  uint64_t first_key_;
   uint32_t completion_queue_depth_ = 0;
   uint64_t max_write_bytes_ = 0;
   std::vector<Write> writes_;
