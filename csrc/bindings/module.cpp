@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "bindings/link.h"
 #include "cpu/device.h"
 #include "errors.h"
 #include "fabric/libfabric_fabric.h"
@@ -374,6 +375,7 @@ NB_MODULE(_core, m) {
   bind_protocol(m);
   bind_memory(m);
   bind_fabric(m);
+  bind_link(m);
   bind_signals(m);
   bind_proxy(m);
   bind_device(m);
