@@ -19,6 +19,14 @@ class FabricUnavailableError(EfaEpError, RuntimeError):
     """No usable libfabric, provider or network interface on this machine."""
 
 
+class DeviceUnavailableError(EfaEpError, RuntimeError):
+    """No usable GPU, or its driver lacks something; the message names it and the remedy."""
+
+
+class DeviceError(EfaEpError, RuntimeError):
+    """The GPU or its driver reported a failed operation."""
+
+
 class TransportError(EfaEpError, ConnectionError):
     """The network reported a failed operation.
 
