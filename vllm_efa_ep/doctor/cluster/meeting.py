@@ -30,9 +30,9 @@ class StoreBootstrap:
         except (RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ConfigurationError(
-                f"node {rank} of {world_size} did not meet the others at {host}:{port} within {timeout_s:g} s "
-                f"({reason}); start the same command on all nodes, with --node 0 to {world_size - 1}, and name "
-                f"the address of node 0 in --meet"
+                f"node {rank} of {world_size} did not meet the others at {host}:{port} in {timeout_s:g} s "
+                f"({reason}); start the same command on all nodes, with --node 0 to {world_size - 1}, and "
+                "name the address of node 0 in --meet"
             ) from error
 
     @property
