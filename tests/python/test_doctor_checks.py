@@ -64,8 +64,15 @@ def test_every_check_is_seen_failing() -> None:
     assert {trouble.check for trouble in TROUBLES} == {check.name for check in CHECKS}
 
 
+def test_a_limit_above_the_memory_is_none(tmp_path: Path) -> None:
+    """The pods of examples/eks have such a one, and no capability."""
+    machine = good_machine("p5en", tmp_path)
+    machine.edit("/proc/self/limits", lambda text: text.replace("unlimited", str(1 << 50)))
+    assert found_on(machine)["memlock"].status is Status.OK
+
+
 def test_pinning_is_allowed_by_the_capability_alone(tmp_path: Path) -> None:
-    """The pods of examples/eks have IPC_LOCK and the limit of their container runtime."""
+    """Root in a container with IPC_LOCK needs no limit lifted."""
     machine = good_machine("p5en", tmp_path)
     machine.edit("/proc/self/limits", lambda text: text.replace("unlimited", "8388608  "))
     machine.edit("/proc/self/status", lambda text: text.replace("00000000a80425fb", "0000000000004000"))

@@ -137,9 +137,7 @@ def require_rdma(gpu: Gpu) -> None:
         DeviceUnavailableError: They cannot.
 
     """
-    attribute = (
-        bindings().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
-    )
+    attribute = bindings().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
     if not call(f"asking what GPU {gpu.ordinal} can do", "cuDeviceGetAttribute", attribute, gpu.ordinal):
         raise DeviceUnavailableError(
             f"NICs cannot reach the memory of GPU {gpu.ordinal} ({attribute.name} is 0); use a data-centre GPU and, "

@@ -16,11 +16,16 @@ def _examine(system: System) -> Finding:
     text = "unlimited" if limit == "unlimited" else f"{limit} bytes"
     if not efa_devices(system):
         return not_applicable(f"limit {text}; without EFA no memory is pinned")
-    if limit == "unlimited":
-        return ok("no limit on pinned memory")
+    if limit == "unlimited" or (limit.isdigit() and int(limit) >= _memory(system)):
+        return ok("no limit on pinned memory, or one above the memory of this machine")
     if _effective_capabilities(system) & _CAP_IPC_LOCK:
         return ok(f"limit {text}, lifted by CAP_IPC_LOCK")
     return failed(f"this process may pin {text}")
+
+
+def _memory(system: System) -> int:
+    found = re.search(r"^MemTotal:\s*(\d+) kB", system.read("/proc/meminfo") or "", re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 1 << 62
 
 
 def _effective_capabilities(system: System) -> int:
@@ -35,9 +40,11 @@ CHECK = Check(
         "libfabric's queues."
     ),
     fix=(
-        "Kubernetes: `securityContext: {capabilities: {add: [IPC_LOCK]}}`. Docker: `--ulimit "
-        "memlock=-1`. Slurm: `PropagateResourceLimitsExcept=MEMLOCK`. Host: `* - memlock unlimited` "
-        "in /etc/security/limits.conf, then log in anew."
+        "Host: `* - memlock unlimited` in /etc/security/limits.conf, then log in anew; services: "
+        "`LimitMEMLOCK=infinity`. Docker: `--ulimit memlock=-1`. Slurm: "
+        "`PropagateResourceLimitsExcept=MEMLOCK`. Kubernetes: RLIMIT_MEMLOCK in the container "
+        "runtime's base specification (examples/eks/cluster.yaml); the capability IPC_LOCK helps "
+        "processes of root only."
     ),
     examine=_examine,
 )
