@@ -109,7 +109,7 @@ def _kernel(machine: Machine, product: str) -> None:
     machine.write("/proc/sys/kernel/osrelease", "6.12.55-74.119.amzn2023.x86_64")
     machine.write(
         "/proc/meminfo",
-        "MemTotal: 2113494128 kB\nHugePages_Total:    5128\nHugePages_Free:     5128\nHugepagesize:       2048 kB",
+        "MemTotal: 2113494128 kB\nHugePages_Total: 5128\nHugePages_Free: 5128\nHugepagesize: 2048 kB",
     )
     machine.write(
         "/proc/self/limits",
