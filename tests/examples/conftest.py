@@ -1,16 +1,11 @@
-"""Where the tools are that validate the examples."""
+"""Runs the tools that validate the examples."""
 
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
-
-RunTool = Callable[..., "subprocess.CompletedProcess[str]"]
+from example_files import ROOT, RunTool
 
 
 @pytest.fixture(scope="session")

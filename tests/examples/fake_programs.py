@@ -5,7 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from conftest import EXAMPLES
+from example_files import EXAMPLES
 
 _TELL = """#!/usr/bin/env python3
 import json, os, sys

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import EXAMPLES
+from example_files import EXAMPLES
 
 FILES = ("doctor.yaml", "leaderworkerset.yaml", "rayjob.yaml")
 

@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from conftest import EXAMPLES, RunTool
+from example_files import EXAMPLES, RunTool
 from manifests import PodTemplate, image_file, objects, pods
 
 from vllm_efa_ep.doctor.instances import INSTANCES

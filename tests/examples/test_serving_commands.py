@@ -9,14 +9,13 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EXAMPLES
+from example_files import EXAMPLES
 from fake_programs import FakePrograms
 from manifests import objects, pods
 
@@ -62,17 +61,18 @@ def programs(tmp_path: Path) -> FakePrograms:
 class VllmParser:
     """vLLM's parser in a process of its own, which loads vLLM once for all tests."""
 
-    def __init__(self) -> None:
-        """Start it."""
-        self.errors = tempfile.TemporaryFile("w+")
+    def __init__(self, errors: Path) -> None:
+        """Start it; its error output goes to a file."""
+        self._errors = errors
         program = Path(__file__).with_name("vllm_parser.py")
-        self.process = subprocess.Popen(
-            [sys.executable, program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
+        with errors.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, program],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
 
     def parse(self, command: list[str]) -> dict[str, Any]:
         """Parse a ``vllm`` command line; fails with its refusal."""
@@ -86,20 +86,18 @@ class VllmParser:
                 answer = json.loads(line)
                 assert not isinstance(answer, str), answer
                 return dict(answer)
-        self.errors.seek(0)
-        pytest.fail(f"the parser ended: {self.errors.read()[-4000:]}")
+        pytest.fail(f"the parser ended: {self._errors.read_text()[-4000:]}")
 
 
 @pytest.fixture(scope="module")
-def vllm_parser() -> Iterator[VllmParser]:
+def vllm_parser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmParser]:
     """Return vLLM's parser."""
-    parser = VllmParser()
+    parser = VllmParser(tmp_path_factory.mktemp("parser") / "errors")
     try:
         yield parser
     finally:
         parser.process.kill()
         parser.process.communicate()
-        parser.errors.close()
 
 
 def served(programs: FakePrograms) -> list[list[str]]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, ROOT, RunTool
+from example_files import EXAMPLES, ROOT, RunTool
 from manifests import image_file
 
 SCRIPTS = [

@@ -1,6 +1,5 @@
 """Several nodes examine themselves and the links between them: real processes, real writes, over TCP."""
 
-import random
 import socket
 import threading
 from dataclasses import replace
@@ -16,7 +15,7 @@ from vllm_efa_ep.doctor.check import Status
 from vllm_efa_ep.doctor.checks import CHECKS
 from vllm_efa_ep.doctor.cluster.agreement import judge_agreement
 from vllm_efa_ep.doctor.cluster.link import Endpoint
-from vllm_efa_ep.doctor.cluster.meeting import StoreBootstrap
+from vllm_efa_ep.doctor.cluster.meeting import Meeting
 from vllm_efa_ep.doctor.cluster.pairs import Link, judge_pairs, measure_pairs, rounds_of_pairs
 from vllm_efa_ep.doctor.examination import examine
 from vllm_efa_ep.errors import ConfigurationError
@@ -134,28 +133,20 @@ def free_port() -> int:
 
 
 def test_nodes_meet_without_ray() -> None:
-    """What each says reaches all, in order; values are published; node 0 leaves last."""
+    """What each says reaches all, in order; node 0, which has the store, leaves last."""
     port = free_port()
-    seed = random.SystemRandom().randrange(2**32)
-    payloads = [random.Random(seed + node).randbytes(1000) for node in range(3)]
+    payloads = [bytes([node]) * 1000 for node in range(3)]
 
-    def body(threads: Bootstrap) -> tuple[list[bytes], str | None]:
-        bootstrap = StoreBootstrap("127.0.0.1", port, threads.rank, 3, timeout_s=30.0)
-        told = bootstrap.all_gather(payloads[bootstrap.rank])
-        if bootstrap.rank == 1:
-            bootstrap.publish("key", "value")
-        bootstrap.all_gather(b"")
-        found = bootstrap.lookup("key")
-        assert bootstrap.lookup("nothing") is None
-        bootstrap.leave()
-        return told, found
+    def body(threads: Bootstrap) -> list[bytes]:
+        with Meeting("127.0.0.1", port, threads.rank, 3, timeout_s=30.0) as meeting:
+            return meeting.bootstrap.all_gather(payloads[threads.rank])
 
-    assert run_ranks(3, body) == [(payloads, "value")] * 3, f"seed {seed}"
+    assert run_ranks(3, body) == [payloads] * 3
 
 
 def test_a_node_that_does_not_come_is_an_error_with_a_remedy() -> None:
     """Within the deadline, not for ever."""
     port = free_port()
-    ended = outcomes_of_ranks(1, lambda _: StoreBootstrap("127.0.0.1", port, 0, 2, timeout_s=1.0))
+    ended = outcomes_of_ranks(1, lambda _: Meeting("127.0.0.1", port, 0, 2, timeout_s=1.0))
     assert isinstance(ended[0].error, ConfigurationError)
     assert "--node 0 to 1" in str(ended[0].error)

@@ -73,13 +73,11 @@ def _examine(options: argparse.Namespace, begin: Callable[[str], None]) -> "Repo
 
     if options.nodes is None:
         return examine_node(this_system(), options.require_efa, begin)
-    from vllm_efa_ep.doctor.cluster.meeting import StoreBootstrap
+    from vllm_efa_ep.doctor.cluster.meeting import Meeting
 
     host, port = _address(options.meet)
-    bootstrap = StoreBootstrap(host, port, options.node, options.nodes)
-    report = examine_cluster(this_system(), bootstrap, options.timeout, options.require_efa, begin)
-    bootstrap.leave()
-    return report
+    with Meeting(host, port, options.node, options.nodes) as meeting:
+        return examine_cluster(this_system(), meeting.bootstrap, options.timeout, options.require_efa, begin)
 
 
 def _address(meet: str) -> tuple[str, int]:
