@@ -23,8 +23,8 @@ class DeviceUnavailableError(EfaEpError, RuntimeError):
     """No usable GPU, or its driver lacks something; the message names it and the remedy."""
 
 
-class DeviceError(EfaEpError, RuntimeError):
-    """The GPU or its driver reported a failed operation."""
+class CudaError(EfaEpError, RuntimeError):
+    """The CUDA driver or runtime refused a call; the message has its reason."""
 
 
 class TransportError(EfaEpError, ConnectionError):

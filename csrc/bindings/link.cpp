@@ -1,16 +1,13 @@
-#include "bindings/link.h"
-
 #include <nanobind/stl/string.h>
 
-#include <chrono>
-
+#include "bindings/common.h"
 #include "fabric/link_measurement.h"
 #include "memory/arena.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
-namespace efa_ep {
+namespace efa_ep::bindings {
 
 void bind_link(nb::module_& m) {
   m.def("link_memory_bytes", &link_memory_bytes, "fabric"_a, "write_bytes"_a);
@@ -19,8 +16,6 @@ void bind_link(nb::module_& m) {
       [](Fabric& fabric, const Arena& arena, uint32_t peer, bool starts, uint32_t session,
          uint32_t round_trips, uint32_t stream_writes, uint32_t write_bytes,
          double timeout_s) -> nb::typed<nb::dict, std::string, double> {
-        const auto timeout =
-            std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(timeout_s));
         LinkTimes times;
         {
           const nb::gil_scoped_release unlock;
@@ -31,7 +26,7 @@ void bind_link(nb::module_& m) {
                                 .round_trips = round_trips,
                                 .stream_writes = stream_writes,
                                 .write_bytes = write_bytes,
-                                .timeout = timeout});
+                                .timeout = seconds(timeout_s)});
         }
         nb::dict result;
         result["latency_s"] = times.latency_s;
@@ -43,4 +38,4 @@ void bind_link(nb::module_& m) {
       "Both ends call it; see csrc/fabric/link_measurement.h.");
 }
 
-}  // namespace efa_ep
+}  // namespace efa_ep::bindings

@@ -1,16 +1,17 @@
 """A rank's arena in GPU memory: what ``_core.Arena`` is for CPU memory.
 
-It comes from CUDA's virtual memory management rather than cudaMalloc, so that it has a file descriptor: local
-ranks map it with what a Unix socket gives them, no ptrace rights as for pidfd_getfd, no CUDA IPC. The NICs get
-the same memory as a dma-buf.
+It comes from CUDA's virtual memory management rather than cudaMalloc, so that it has a file
+descriptor: local ranks map it with what a Unix socket gives them, without ptrace rights (pidfd_getfd) and
+without CUDA IPC. The NICs get the same memory as a dma-buf.
 """
 
 import os
+import weakref
 from contextlib import ExitStack
 from typing import Any
 
 from vllm_efa_ep.cuda.driver import Gpu, bindings, call
-from vllm_efa_ep.errors import DeviceError, DeviceUnavailableError
+from vllm_efa_ep.errors import CudaError, DeviceUnavailableError
 
 
 class DeviceArena:
@@ -18,37 +19,27 @@ class DeviceArena:
 
     huge_pages = False  # of the operating system, which has no part in this
 
-    def __init__(self, gpu: Gpu, handle: Any, size: int, descriptor: int, cleanup: ExitStack) -> None:
-        """Map ``handle`` for ``gpu``; ``cleanup`` is taken over, and run by ``close``."""
-        purpose = f"mapping {size} bytes for GPU {gpu.ordinal}"
-        cuda = bindings()
+    def __init__(self, gpu: Gpu, address: int, size: int, descriptor: int, release: ExitStack) -> None:
+        """Take over ``size`` mapped bytes; ``release`` undoes everything, at the latest when this is gone."""
         self.gpu = gpu
+        self.address = address
         self.bytes = size
         #: To be passed to local peers; -1 for a peer's arena.
         self.descriptor = descriptor
-        pointer = call(purpose, "cuMemAddressReserve", size, 0, 0, 0)
-        cleanup.callback(call, "freeing addresses", "cuMemAddressFree", pointer, size)
-        call(purpose, "cuMemMap", pointer, size, 0, handle, 0)
-        cleanup.callback(call, "unmapping", "cuMemUnmap", pointer, size)
-        access = cuda.CUmemAccessDesc()
-        access.location = _location(gpu)
-        access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        call(purpose, "cuMemSetAccess", pointer, size, [access], 1)
-        self.address = int(pointer)
-        self._cleanup = cleanup
+        self._release = weakref.finalize(self, release.close)
 
     @classmethod
     def create(cls, gpu: Gpu, wanted: int) -> "DeviceArena":
         """Allocate at least ``wanted`` zero bytes on ``gpu`` that peers can map and NICs can write.
 
         Raises:
-            DeviceError: The driver refuses, for example because the GPU's memory is used up.
+            CudaError: The driver refuses, for example because the GPU's memory is used up.
 
         """
         cuda = bindings()
         properties = cuda.CUmemAllocationProp()
         properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        properties.requestedHandleTypes = _FILE_DESCRIPTOR(cuda)
+        properties.requestedHandleTypes = _file_descriptor()
         properties.location = _location(gpu)
         properties.allocFlags.gpuDirectRDMACapable = 1
         granularity = call(
@@ -62,13 +53,12 @@ class DeviceArena:
         with ExitStack() as cleanup:
             handle = call(purpose, "cuMemCreate", size, properties, 0)
             cleanup.callback(call, "freeing", "cuMemRelease", handle)
-            descriptor = call(purpose, "cuMemExportToShareableHandle", handle, _FILE_DESCRIPTOR(cuda), 0)
+            descriptor = call(purpose, "cuMemExportToShareableHandle", handle, _file_descriptor(), 0)
             cleanup.callback(os.close, descriptor)
-            arena = cls(gpu, handle, size, descriptor, cleanup)
-            call(purpose, "cuMemsetD8", arena.address, 0, size)
+            address = _map(gpu, handle, size, cleanup)
+            call(purpose, "cuMemsetD8", address, 0, size)
             call(purpose, "cuCtxSynchronize")
-            arena._cleanup = cleanup.pop_all()
-            return arena
+            return cls(gpu, address, size, descriptor, cleanup.pop_all())
 
     @classmethod
     def map(cls, gpu: Gpu, descriptor: int, size: int) -> "DeviceArena":
@@ -76,25 +66,23 @@ class DeviceArena:
 
         Raises:
             DeviceUnavailableError: ``gpu`` cannot reach the peer's GPU.
-            DeviceError: The driver refuses for another reason.
+            CudaError: The driver refuses for another reason.
 
         """
-        cuda = bindings()
         purpose = "importing a local peer's memory"
         with ExitStack() as cleanup:
-            handle = call(purpose, "cuMemImportFromShareableHandle", descriptor, _FILE_DESCRIPTOR(cuda))
+            handle = call(purpose, "cuMemImportFromShareableHandle", descriptor, _file_descriptor())
             cleanup.callback(call, "freeing", "cuMemRelease", handle)
             try:
-                arena = cls(gpu, handle, size, -1, cleanup)
-            except DeviceError as error:
+                address = _map(gpu, handle, size, cleanup)
+            except CudaError as error:
                 if "CUDA_ERROR_INVALID_DEVICE" not in str(error):
                     raise
                 raise DeviceUnavailableError(
-                    f"GPU {gpu.ordinal} cannot reach a local peer's GPU ({error}); ranks of one node need NVLink or "
-                    "PCIe peer access (`nvidia-smi topo -p2p rw`), or set EFA_EP_RANKS_PER_NODE=1"
+                    f"GPU {gpu.ordinal} cannot reach a local peer's GPU ({error}); ranks of one node need "
+                    "NVLink or PCIe peer access (`nvidia-smi topo -p2p rw`), or set EFA_EP_RANKS_PER_NODE=1"
                 ) from error
-            arena._cleanup = cleanup.pop_all()
-            return arena
+            return cls(gpu, address, size, -1, cleanup.pop_all())
 
     def export_dmabuf(self) -> int:
         """Return a dma-buf of the whole arena, the caller's to close; -1 where the driver has none.
@@ -112,8 +100,8 @@ class DeviceArena:
         return DeviceView(self, offset, size)
 
     def close(self) -> None:
-        """Unmap and free; nobody may use the memory any more."""
-        self._cleanup.close()
+        """Unmap and free now, and not when the last view of it is gone."""
+        self._release()
 
 
 class DeviceView:
@@ -131,6 +119,21 @@ class DeviceView:
         }
 
 
+def _map(gpu: Gpu, handle: Any, size: int, cleanup: ExitStack) -> int:
+    """Map an allocation where this process and ``gpu`` can use it; what undoes that goes onto ``cleanup``."""
+    purpose = f"mapping {size} bytes for GPU {gpu.ordinal}"
+    cuda = bindings()
+    pointer = call(purpose, "cuMemAddressReserve", size, 0, 0, 0)
+    cleanup.callback(call, "freeing addresses", "cuMemAddressFree", pointer, size)
+    call(purpose, "cuMemMap", pointer, size, 0, handle, 0)
+    cleanup.callback(call, "unmapping", "cuMemUnmap", pointer, size)
+    access = cuda.CUmemAccessDesc()
+    access.location = _location(gpu)
+    access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    call(purpose, "cuMemSetAccess", pointer, size, [access], 1)
+    return int(pointer)
+
+
 def _location(gpu: Gpu) -> Any:
     cuda = bindings()
     location = cuda.CUmemLocation()
@@ -139,5 +142,5 @@ def _location(gpu: Gpu) -> Any:
     return location
 
 
-def _FILE_DESCRIPTOR(cuda: Any) -> Any:
-    return cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+def _file_descriptor() -> Any:
+    return bindings().CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR

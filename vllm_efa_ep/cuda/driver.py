@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from vllm_efa_ep.errors import DeviceError, DeviceUnavailableError
+from vllm_efa_ep.errors import CudaError, DeviceUnavailableError
 
 # What to do about results that users meet when something around the program is not set up.
 _REMEDIES: Mapping[str, str] = {
-    "CUDA_ERROR_NO_DEVICE": "the driver sees no GPU; check nvidia-smi, CUDA_VISIBLE_DEVICES and the container's "
-    "GPU access",
-    "CUDA_ERROR_SYSTEM_NOT_READY": "nvidia-fabricmanager has not set up the NVSwitches; check `systemctl status "
-    "nvidia-fabricmanager`, or replace the instance",
-    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "kernel module and libcuda have different versions; reboot after the "
-    "driver's update",
-    "CUDA_ERROR_NOT_PERMITTED": "the process may not do this; in a container, grant access to the GPU's device "
-    "files",
+    "CUDA_ERROR_NO_DEVICE": "the driver sees no GPU; check nvidia-smi, CUDA_VISIBLE_DEVICES and the "
+    "container's GPU access",
+    "CUDA_ERROR_SYSTEM_NOT_READY": "nvidia-fabricmanager has not set up the NVSwitches; check "
+    "`systemctl status nvidia-fabricmanager`, or replace the instance",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "kernel module and libcuda have different versions; reboot after "
+    "an update of the driver",
+    "CUDA_ERROR_NOT_PERMITTED": "the process may not do this; in a container, grant access to the GPU's "
+    "device files",
     "CUDA_ERROR_OUT_OF_MEMORY": "the GPU's memory is used up; lower max_tokens_per_rank (`vllm-efa-ep plan` "
     "shows what an instance takes), or vLLM's --gpu-memory-utilization",
 }
@@ -53,19 +53,19 @@ def call(purpose: str, name: str, *arguments: Any) -> Any:
 
     Raises:
         DeviceUnavailableError: There is no driver.
-        DeviceError: The driver refuses; the message has its reason and, where one is known, the remedy.
+        CudaError: The driver refuses; the message has its reason and, where one is known, the remedy.
 
     """
     try:
         result, *values = getattr(bindings(), name)(*arguments)
     except RuntimeError as error:  # how cuda.bindings says that libcuda or the function is missing
         raise DeviceUnavailableError(
-            f"{purpose}: there is no usable NVIDIA driver here ({error}); install it, or start the container with "
-            "GPU access"
+            f"{purpose}: there is no usable NVIDIA driver here ({error}); install it, or start the "
+            "container with GPU access"
         ) from error
     if int(result) != 0:
         remedy = _REMEDIES.get(result.name)
-        raise DeviceError(f"{purpose}: {name} returned {result.name}" + (f"; {remedy}" if remedy else ""))
+        raise CudaError(f"{purpose}: {name} returned {result.name}" + (f"; {remedy}" if remedy else ""))
     return values[0] if values else None
 
 
@@ -99,7 +99,7 @@ def open_gpu(ordinal: int) -> Gpu:
         device = call(f"opening GPU {ordinal}", "cuDeviceGet", ordinal)
         context = call(f"opening GPU {ordinal}", "cuDevicePrimaryCtxRetain", device)
         call(f"opening GPU {ordinal}", "cuCtxSetCurrent", context)
-    except DeviceError as error:
+    except CudaError as error:
         raise DeviceUnavailableError(str(error)) from error
 
     def supports(attribute: Any) -> bool:
@@ -119,8 +119,8 @@ def open_gpu(ordinal: int) -> Gpu:
     ):
         if not supports(attribute):
             raise DeviceUnavailableError(
-                f"GPU {ordinal} lacks {lacks} ({attribute.name} is 0), without which ranks cannot share memory; "
-                f"{remedy}"
+                f"GPU {ordinal} lacks {lacks} ({attribute.name} is 0), without which ranks cannot share "
+                f"memory; {remedy}"
             )
     bus_id = call(f"locating GPU {ordinal}", "cuDeviceGetPCIBusId", 32, device)
     return Gpu(
@@ -140,6 +140,6 @@ def require_rdma(gpu: Gpu) -> None:
     attribute = bindings().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
     if not call(f"asking what GPU {gpu.ordinal} can do", "cuDeviceGetAttribute", attribute, gpu.ordinal):
         raise DeviceUnavailableError(
-            f"NICs cannot reach the memory of GPU {gpu.ordinal} ({attribute.name} is 0); use a data-centre GPU and, "
-            "in a virtual machine, one that is passed through with its NICs"
+            f"NICs cannot reach the memory of GPU {gpu.ordinal} ({attribute.name} is 0); use a data-centre "
+            "GPU and, in a virtual machine, one that is passed through with its NICs"
         )
