@@ -22,7 +22,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup demo serve test test-long gpu-test test-cpp test-sanitizers test-python test-serving bench lint clean
+.PHONY: help setup demo serve test test-long gpu-test test-cpp test-sanitizers test-python test-serving test-examples bench lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -68,7 +68,7 @@ serve: setup
 
 # --- test ---------------------------------------------------------------------------------------------------
 
-test: lint test-cpp test-sanitizers test-python test-serving
+test: lint test-cpp test-sanitizers test-python test-examples test-serving
 
 test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
@@ -112,6 +112,19 @@ gpu-test: setup
 test-serving: test-cpp
 	@echo "== vllm serve tests"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/serving $(PYTEST_MARKERS)
+
+# The tools that validate examples/ have an environment of their own, with nothing of vLLM's.
+EXAMPLE_TOOLS := $(BUILD)/example-tools
+$(EXAMPLE_TOOLS)/.installed: tests/examples/requirements.txt | $(BUILD)/.system
+	@echo "== tools for examples/ in $(EXAMPLE_TOOLS) (about 60 MB to download)"
+	@$(PYTHON) -m venv $(EXAMPLE_TOOLS)
+	@$(EXAMPLE_TOOLS)/bin/pip install -q --disable-pip-version-check -r $<
+	@$(EXAMPLE_TOOLS)/bin/pip install -q --disable-pip-version-check --no-deps aws-parallelcluster==3.16.1
+	@touch $@
+
+test-examples: setup $(EXAMPLE_TOOLS)/.installed
+	@echo "== examples"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/examples $(PYTEST_MARKERS)
 
 lint: setup
 	@echo "== lint"
