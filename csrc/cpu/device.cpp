@@ -170,11 +170,11 @@ void CpuDevice::wait(Half half, uint32_t round, const std::function<bool()>& rea
   }
 }
 
-OwnerList CpuDevice::owners_of(const int32_t* ids) const {
+OwnerList CpuDevice::owners_of(const RowIds& ids) const {
   OwnerList owners;
-  for (uint32_t slot = 0; slot < layout_.row.top_k; ++slot) {
-    if (ids[slot] < 0) continue;
-    const uint32_t rank = placement_.owner(ids[slot]);
+  for (const int32_t id : ids) {
+    if (id < 0) continue;
+    const uint32_t rank = placement_.owner(id);
     if (topology_.node_of(rank) == node_) owners.insert(topology_.index_of(rank));
   }
   return owners;

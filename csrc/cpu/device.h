@@ -16,6 +16,7 @@
 
 #include "cpu/owner_list.h"
 #include "cpu/placement.h"
+#include "cpu/row_ids.h"
 #include "cpu/row_math.h"
 #include "protocol/layout.h"
 #include "protocol/round.h"
@@ -200,11 +201,9 @@ class CpuDevice {
   std::vector<uint32_t> unfinished_peers() const;
   void wait(Half half, uint32_t round, const std::function<bool()>& ready,
             const std::function<std::vector<uint32_t>()>& missing);
-  OwnerList owners_of(const int32_t* ids) const;
+  OwnerList owners_of(const RowIds& ids) const;
   bool is_own(int32_t id) const { return id >= 0 && placement_.owner(id) == options_.rank; }
-  const int32_t* ids_of(const std::byte* row) const {
-    return reinterpret_cast<const int32_t*>(row + RowShape::ids_offset());
-  }
+  RowIds ids_of(const std::byte* row) const { return RowIds(row, layout_.row.top_k); }
   const float* weights_of(const std::byte* row) const {
     return reinterpret_cast<const float*>(row + layout_.row.weights_offset());
   }
