@@ -4,6 +4,7 @@
 #   make serve   the same, but leave the server running
 #   make test    all tests; make test-long adds the full matrices
 #   make fuzz    libFuzzer on all that ranks read of each other, FUZZ_SECONDS=60 per target; keeps its corpus
+#   make soak    worlds of real processes that come and go for SOAK_SECONDS=600, and leak and lose nothing
 #   make bench   dispatch + combine against gloo, MPI and the floors; BENCH=--quick for a short run. Before that:
 #                counts on the wire against other protocols, the proxy's rate, signal policies against bare puts
 #   make lint    formatters, linters, type checkers
@@ -22,7 +23,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-fuzz fuzz test-python test-serving bench lint clean
+.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-fuzz fuzz soak test-python test-serving bench lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -111,6 +112,10 @@ fuzz: test-fuzz
 	  LSAN_OPTIONS=suppressions=tests/cpp/lsan.supp ASAN_OPTIONS=fast_unwind_on_malloc=0 \
 	    $$target $$corpus -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -artifact_prefix=$$corpus- || exit 1; \
 	done
+
+# Worlds of real processes that come and go for SOAK_SECONDS (default 600).
+soak: setup
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python/test_soak.py -m long -s
 
 test-python: test-cpp
 	@echo "== Python tests"
