@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "clock.h"
 #include "cpu/owner_list.h"
 #include "cpu/placement.h"
 #include "cpu/row_ids.h"
@@ -31,7 +32,8 @@ struct CpuDeviceOptions {
   std::vector<uint32_t> expert_owner;  ///< owner rank of every expert
   ScalarType combine_type = ScalarType::kBfloat16;
   bool per_expert = false;  ///< output layout: [experts, capacity, ...] instead of [rows, ...]
-  std::chrono::nanoseconds timeout = std::chrono::seconds(120);
+  std::chrono::nanoseconds timeout = std::chrono::seconds(120);  ///< of every wait
+  const DeadlineClock* clock = &kSteadyClock;                    ///< of that time; outlives the device
   InterruptCheck check_interrupt = nullptr;
 };
 
