@@ -138,11 +138,12 @@ lint: setup
 # --- measure ------------------------------------------------------------------------------------------------
 
 bench: setup
-	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-plain -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON > /dev/null
+	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-plain -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON $(TEST_MODULE) > /dev/null
 	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-plain
 	@$(BUILD)/cpp-plain/benchmarks/wire_counts
 	@$(BUILD)/cpp-plain/benchmarks/proxy_rate
 	@$(BUILD)/cpp-plain/benchmarks/put_signal
+	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.scale
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.round_trip $(BENCH)
 
 clean:

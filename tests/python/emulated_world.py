@@ -3,44 +3,23 @@
 import ctypes
 import dataclasses
 import functools
-import importlib.util
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from oracle import Batch, check_combined, check_dispatched, compute_experts
 
+from benchmarks.emulated_module import emulated
 from vllm_efa_ep import AllToAllConfig, Dispatched
 from vllm_efa_ep.dispatched import OutputBuffers
 from vllm_efa_ep.placement import linear_placement, round_robin_placement
 
-ROOT = Path(__file__).parents[2]
 # Far above any round's virtual time: a world that stands still ends there, at once in real time.
 TIMEOUT_S = 100.0
 # Up to 32 products of a value, a scale and an expert's factor add up to at most 256: exact in every type.
 _EXACT_VALUES = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
 _EXACT_SCALES = torch.tensor([1.0, 2.0])
-
-
-@functools.cache
-def emulated() -> ModuleType:
-    """Return the module that csrc/testing/emulated_bindings.cpp builds; EMULATED_MODULE_PATH says where."""
-    directory = Path(os.environ.get("EMULATED_MODULE_PATH", ROOT / "build" / "cpp-plain" / "testing"))
-    files = sorted(directory.glob("_emulated.*.so"))
-    assert files, (
-        f"no _emulated module in {directory}; build it with `make test-cpp`, or set EMULATED_MODULE_PATH to "
-        "<build directory>/testing"
-    )
-    spec = importlib.util.spec_from_file_location("_emulated", files[0])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass(frozen=True)
