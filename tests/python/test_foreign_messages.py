@@ -114,7 +114,7 @@ def test_listening(said: bytes, own_host: bool) -> None:
     def refuse(*_: object) -> socket.socket:
         raise ConnectionRefusedError("connection refused")
 
-    world = World(0, 2, 1, (0, 0) if own_host else (0, 1))
+    world = World(0, 2, 1, (0, 0) if own_host else (0, 1), (0, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "create_connection", refuse)
         with pytest.raises(ConfigurationError):
