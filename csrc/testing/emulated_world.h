@@ -79,6 +79,7 @@ class EmulatedWorld {
   CpuDevice& device(uint32_t rank) { return *ranks_.at(rank).device; }
   /// Null in a world of one node.
   Proxy* proxy(uint32_t rank) { return ranks_.at(rank).proxy.get(); }
+  SignalPolicy* policy(uint32_t rank) { return ranks_.at(rank).policy.get(); }
   std::byte* arena(uint32_t rank) { return ranks_.at(rank).arena.get(); }
 
  private:
