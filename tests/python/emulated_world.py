@@ -14,6 +14,7 @@ from benchmarks.emulated_module import emulated
 from vllm_efa_ep import AllToAllConfig, Dispatched
 from vllm_efa_ep.dispatched import OutputBuffers
 from vllm_efa_ep.placement import linear_placement, round_robin_placement
+from vllm_efa_ep.rank_memory import HostMemory
 
 # Far above any round's virtual time: a world that stands still ends there, at once in real time.
 TIMEOUT_S = 100.0
@@ -176,11 +177,12 @@ class CheckedWorkload:
             self.local_experts[owner].append(expert)
         self._received: dict[tuple[int, int], Dispatched] = {}
         self._kept: dict[tuple[int, int], torch.Tensor] = {}  # what a rank's channel passed last
-        self.batches = functools.cache(scene.batches)
+        self.batches = functools.cache(scene.batches)  # as the oracle sees them
+        self.sent = self.batches  # as the ranks pass them
 
     def tokens(self, rank: int, channel: int, round_number: int) -> tuple[int, int, int, int, bool, int, int]:
         """Return x, its stride, scales, ids (are they 64 bits wide?), weights; then the tokens."""
-        own = self.batches(channel, round_number)[rank]
+        own = self.sent(channel, round_number)[rank]
         x, stride = own.x.data_ptr(), own.x.shape[1] * own.x.itemsize
         if self.scene.in_place:
             x = self._world.activations(rank, channel)
@@ -200,7 +202,7 @@ class CheckedWorkload:
     def receive(self, rank: int, channel: int, _round_number: int, rows: int) -> tuple[int, ...]:
         """Return addresses for ``rows`` rows."""
         capacity = self.scene.size * self.scene.max_tokens
-        buffers = OutputBuffers(self.config, len(self.local_experts[rank]), capacity)
+        buffers = OutputBuffers(self.config, len(self.local_experts[rank]), capacity, HostMemory())
         if rows > buffers.room:
             buffers.grow(rows)
         self._received[rank, channel] = buffers.views(rows)
