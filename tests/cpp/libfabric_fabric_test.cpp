@@ -132,8 +132,9 @@ TEST_P(EveryProvider, ContextsAreReusedOnlyAfterCompletion) {
 }
 
 TEST_P(EveryProvider, LargeMemoryIsReachedEverywhere) {
-  // Two pieces of registration and a bit; only the touched pages exist.
-  constexpr size_t kBytes = 2 * kPieceStride + 4096;
+  // Three pieces of registration and a bit, more than 2 GiB; only the touched pages exist.
+  constexpr size_t kBytes = 3 * kPieceStride + 4096;
+  static_assert(kBytes > size_t{1} << 31);
   struct Unmap {
     void operator()(std::byte* memory) const { munmap(memory, kBytes); }
   };
