@@ -24,12 +24,8 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-<<<<<<< HEAD
-.PHONY: help setup demo serve test test-long gpu-test test-cpp test-sanitizers test-python test-serving test-examples bench lint clean
-=======
-.PHONY: help setup demo serve test test-long gpu-test test-cpp test-sanitizers test-fuzz fuzz soak test-python \
-  test-serving bench lint clean
->>>>>>> verify
+.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-fuzz test-python test-serving test-examples
+.PHONY: gpu-test soak fuzz bench lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -75,11 +71,7 @@ serve: setup
 
 # --- test ---------------------------------------------------------------------------------------------------
 
-<<<<<<< HEAD
-test: lint test-cpp test-sanitizers test-python test-examples test-serving
-=======
-test: lint test-cpp test-sanitizers test-fuzz test-python test-serving
->>>>>>> verify
+test: lint test-cpp test-sanitizers test-fuzz test-python test-examples test-serving
 
 test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
