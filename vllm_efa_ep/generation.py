@@ -197,9 +197,18 @@ def build_generation(
         for future in futures:
             if future.exception() is None:
                 future.result()[1].close()
+        for error in errors:
+            _forget_frames(error)
         raise errors[0]
     positions = [future.result() for future in futures]
     return Generation(config, keys[0], settings, membership, positions[0], positions[1:])
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error refer to: memory that must be free before the next try."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _take_position(
