@@ -388,6 +388,9 @@ class AllToAll:
             stand_ins=len(generation.stand_ins),
             half_seconds=totals.half_seconds,
             wait_seconds=totals.wait_seconds,
+            half_buckets=totals.half_buckets,
+            wait_buckets=totals.wait_buckets,
+            waited_for_seconds=totals.waited_for_seconds,
             **totals.counters,  # type: ignore[arg-type]
         )
 
@@ -442,5 +445,6 @@ def _must_agree(config: AllToAllConfig, settings: Settings) -> dict[str, object]
         "device": resolve_device(config.device),
         "EFA_EP_CHUNK_BYTES": settings.chunk_bytes,
         "EFA_EP_RANKS_PER_NODE": settings.ranks_per_node,
+        "EFA_EP_TRACE is set": bool(settings.trace),
         "vllm_efa_ep version": __version__,
     }

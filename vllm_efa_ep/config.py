@@ -197,8 +197,27 @@ SETTINGS: tuple[Setting, ...] = (
         "string",
         "",
         "path",
-        "Directory into which the vLLM plugin writes the counters of each rank, `rank<r>.json`, while "
-        "rounds run. Unset: nowhere.",
+        "Directory into which the vLLM plugin writes the counters of each rank, `rank<r>.json`, four times a "
+        "second; /metrics shows them. Unset: a temporary one.",
+    ),
+    Setting(
+        "EFA_EP_TRACE",
+        "trace",
+        "string",
+        "",
+        "path",
+        "Directory into which each rank writes when its halves, waits, writes and arrivals were, at its end; "
+        "`vllm-efa-ep trace merge` makes one timeline of them. Unset: no trace.",
+    ),
+    Setting(
+        "EFA_EP_TRACE_SPANS",
+        "trace_spans",
+        "integer",
+        65536,
+        "spans",
+        "How many of the newest spans a trace keeps per rank, of its network and of each channel.",
+        minimum=1,
+        maximum=2**24,
     ),
 )
 
@@ -221,6 +240,13 @@ class Settings:
     gpu_signals: str = "auto"
     num_sms: int = 16
     stats_dir: str = ""
+    trace: str = ""
+    trace_spans: int = 65536
+
+    @property
+    def traced_spans(self) -> int:
+        """Spans to keep, 0 without a trace."""
+        return self.trace_spans if self.trace else 0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Settings":

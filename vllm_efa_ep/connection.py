@@ -9,6 +9,7 @@ from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.descriptors import DescriptorExchange
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.rank_memory import Arena, RankMemory
+from vllm_efa_ep.trace.clock import least_delays_ns
 from vllm_efa_ep.watch import CheckWait, Watch, start_watch
 from vllm_efa_ep.world import World, agree
 
@@ -46,9 +47,11 @@ class Connection:
         fabric: _core.SignalPolicy | None,
         proxy: _core.Proxy | None,
         watch: Watch,
+        least_delays_ns: list[int],
     ) -> None:
         """Take over connected parts; ``arenas`` has one entry per rank of the node, ``index`` is the own."""
         self.watch = watch
+        self.least_delays_ns = least_delays_ns
         self.memory = memory
         self.arenas = arenas
         self._index = index
@@ -109,7 +112,9 @@ def connect(
         fabric, proxy = _join_fabric(
             world, arenas[world.index], layout, bootstrap, settings, timeout_s, memory
         )
-    return Connection(memory, arenas, world.index, fabric, proxy, start_watch(world, bootstrap, timeout_s))
+    watch = start_watch(world, bootstrap, timeout_s)
+    delays_ns = least_delays_ns(bootstrap) if settings.trace else []
+    return Connection(memory, arenas, world.index, fabric, proxy, watch, delays_ns)
 
 
 def _share_memory(
@@ -173,6 +178,7 @@ def _join_fabric(
             "ring_commands": settings.ring_commands,
             "timeout_s": timeout_s,
             "own_core": len(os.sched_getaffinity(0)) >= 2 * world.ranks_on_host,
+            "trace_spans": settings.traced_spans,
         }
         proxy = _core.Proxy(**{**arguments, **memory.proxy_arguments(arena, layout)})
         return proxy, b""

@@ -31,6 +31,7 @@ from vllm_efa_ep.membership import Membership
 from vllm_efa_ep.rank_memory import Halves, memory_for, resolve_device
 from vllm_efa_ep.stand_in import StandIn, servers
 from vllm_efa_ep.stats import Totals
+from vllm_efa_ep.trace.files import write_trace
 from vllm_efa_ep.watch import Watch
 from vllm_efa_ep.world import World, join_world
 
@@ -106,7 +107,14 @@ class Generation:
         """Return what this rank's own position has done."""
         device = self._open_device()
         counters = {**device.counters(), **self.connection.counters()}
-        return Totals(counters, device.half_seconds(), device.wait_seconds())
+        return Totals(
+            counters,
+            device.half_seconds(),
+            device.wait_seconds(),
+            device.half_buckets(),
+            device.wait_buckets(),
+            device.waited_for_seconds(),
+        )
 
     def finish(self) -> None:
         """Collective: finish own writes and wait for the others.
@@ -125,11 +133,18 @@ class Generation:
 
     def close(self) -> None:
         """Free everything, without waiting for anybody; safe to repeat."""
+        self._write_trace()
         self._device = None
         self.activations, self.results = [], []
         while self.stand_ins:
             self.stand_ins.pop().close()
         self.connection.close()
+
+    def _write_trace(self) -> None:
+        directory, proxy = self._settings.trace, self.connection.proxy
+        if directory and self._device is not None:
+            delays_ns, generation = self.connection.least_delays_ns, self.membership.generation
+            write_trace(directory, self.world, generation, delays_ns, self._device, proxy)
 
     def _open_device(self) -> Halves:
         if self._device is None:

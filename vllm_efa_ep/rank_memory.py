@@ -68,6 +68,21 @@ class Halves(Protocol):
     def wait_seconds(self) -> dict[str, float]:
         """Return how much of it was waiting for other ranks."""
 
+    def half_buckets(self) -> dict[str, list[int]]:
+        """Return a histogram of the time in each half; ``duration_bounds()`` are its bounds."""
+
+    def wait_buckets(self) -> dict[str, list[int]]:
+        """Return a histogram of the waiting in each half."""
+
+    def waited_for_seconds(self) -> list[float]:
+        """Return, by rank, the time of waits for which it was the last one missing."""
+
+    def trace(self) -> list[dict[str, Any]]:
+        """Return the spans of halves and waits; no half may be running."""
+
+    def dropped_spans(self) -> int:
+        """Return how many older spans were replaced."""
+
 
 class RankMemory(Protocol):
     """One rank's memory, and what knows of which kind it is."""
@@ -107,6 +122,10 @@ class HostMemory:
 
     device = torch.device("cpu")
 
+    def __init__(self, traced_spans: int = 0) -> None:
+        """Keep as many of the newest spans of each channel for a trace."""
+        self._traced_spans = traced_spans
+
     def create(self, size: int) -> _core.Arena:
         """Allocate the arena."""
         return _core.Arena.create(size)
@@ -133,7 +152,7 @@ class HostMemory:
 
     def make_halves(self, arguments: dict[str, Any], check_wait: Callable[[str, int, str], None]) -> Halves:
         """Return the halves on the CPU."""
-        return _core.CpuDevice(**arguments, check_wait=check_wait)
+        return _core.CpuDevice(**arguments, check_wait=check_wait, trace_spans=self._traced_spans)
 
     def first_room(self, capacity: int) -> int:  # noqa: ARG002
         """Rows are counted before they are packed, so room can wait."""
@@ -170,7 +189,7 @@ def memory_for(device: str, settings: Settings) -> RankMemory:
 
     """
     if device == "cpu":
-        return HostMemory()
+        return HostMemory(settings.traced_spans)
     from vllm_efa_ep.cuda.rank_memory import GpuMemory
 
     return GpuMemory(settings)

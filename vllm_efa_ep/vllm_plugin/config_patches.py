@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
-from vllm_efa_ep.vllm_plugin import fault_tolerance, logger, seams
+from vllm_efa_ep.vllm_plugin import fault_tolerance, logger, metrics_endpoint, seams
 from vllm_efa_ep.vllm_plugin.backend_names import (
     BACKEND_NAMES,
     HIGH_THROUGHPUT,
@@ -131,6 +131,8 @@ def _stand_in_for_known_backends() -> None:
     @functools.wraps(original)
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
         name = self.parallel_config.all2all_backend
+        if name in _STAND_INS:
+            metrics_endpoint.expose()
         self.parallel_config.all2all_backend = _STAND_INS.get(name, name)
         try:
             original(self, *args, **kwargs)

@@ -1,11 +1,16 @@
 """This package, through its public interface."""
 
+from dataclasses import asdict
+from typing import Any
+
 import torch
 
-from benchmarks.contestants.contestant import Contestant, Workplace
-from benchmarks.problem import NUM_EXPERTS, TOP_K, Problem, WrongResultError
 from vllm_efa_ep.all_to_all import AllToAll, AllToAllConfig
-from vllm_efa_ep.bootstrap.torch import TorchBootstrap
+from vllm_efa_ep.bench.contestants.contestant import Contestant, Workplace
+from vllm_efa_ep.bench.problem import Problem, WrongResultError
+
+_PER_ROUND = ("writes", "bytes_written", "network_rows", "retries")
+_ENVIRONMENT = ("provider", "fabric", "library", "nics", "huge_pages")
 
 
 class Ours(Contestant):
@@ -16,6 +21,7 @@ class Ours(Contestant):
     """
 
     name = "ours"
+    steps = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 
     def __init__(self, problem: Problem, workplace: Workplace) -> None:
         """Allocate and connect for exactly this cell."""
@@ -23,32 +29,40 @@ class Ours(Contestant):
         cell = problem.cell
         config = AllToAllConfig(
             hidden_size=cell.hidden,
-            num_experts=NUM_EXPERTS,
-            top_k=TOP_K,
+            num_experts=cell.experts,
+            top_k=cell.top_k,
             max_tokens_per_rank=cell.tokens,
-            dtype=cell.torch_dtype,
-            combine_dtype=cell.torch_dtype,
+            dtype=cell.format.dispatch,
+            combine_dtype=cell.format.combine,
+            scale_columns=cell.scale_columns,
         )
-        self._all_to_all = AllToAll(config, TorchBootstrap(workplace.group), workplace.settings)
+        self._all_to_all = AllToAll(config, workplace.bootstrap, workplace.settings)
         self._x, self._expert_output = self._place()
 
     def _place(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x and the experts' output as the halves take them."""
-        x = self._all_to_all.activations().copy_(self.problem.inputs.x)
-        _, handle = self._all_to_all.dispatch(x, self.problem.inputs.ids, self.problem.inputs.weights)
+        """Return x and the experts' output as the steps take them."""
+        inputs = self.problem.inputs
+        x = self._all_to_all.activations().copy_(inputs.x)
+        _, handle = self._all_to_all.dispatch(x, inputs.ids, inputs.weights, inputs.scales)
         output = self._all_to_all.expert_output(handle).copy_(self.problem.expert_output)
         self._all_to_all.combine(output, handle)
         return x, output
 
-    def dispatch(self) -> None:
-        """Send and receive tokens."""
+    def dispatch_send(self) -> None:
+        """Send tokens."""
         inputs = self.problem.inputs
-        self._handle = self._all_to_all.dispatch_send(self._x, inputs.ids, inputs.weights)
+        self._handle = self._all_to_all.dispatch_send(self._x, inputs.ids, inputs.weights, inputs.scales)
+
+    def dispatch_recv(self) -> None:
+        """Receive tokens."""
         self._dispatched = self._all_to_all.dispatch_recv(self._handle)
 
-    def combine(self) -> None:
-        """Send and receive expert outputs."""
+    def combine_send(self) -> None:
+        """Send expert outputs."""
         self._all_to_all.combine_send(self._expert_output, self._handle)
+
+    def combine_recv(self) -> None:
+        """Receive results."""
         self._all_to_all.combine_recv(self._handle, self.problem.out)
 
     def check(self) -> None:
@@ -57,8 +71,19 @@ class Ours(Contestant):
         ids, weights = rows.topk_ids, rows.topk_weights
         if ids is None or weights is None:
             raise WrongResultError(f"{self.name}: no ids and weights came with the rows")
-        self.problem.check_dispatch(self.name, rows.x, ids, weights, of_all=False)
+        self.problem.check_dispatch(self.name, rows.x, rows.scales, ids, weights, of_all=False)
         self.problem.check_out(self.name, self.problem.out)
+
+    def counters(self) -> dict[str, float]:
+        """Return what crossed the network, and seconds of waiting per half."""
+        stats = self._all_to_all.stats()
+        waits = {f"wait_{half}_s": seconds for half, seconds in stats.wait_seconds.items()}
+        return {name: float(getattr(stats, name)) for name in _PER_ROUND} | waits
+
+    def environment(self) -> dict[str, Any]:
+        """Return which network was used."""
+        stats = asdict(self._all_to_all.stats())
+        return {name: stats[name] for name in _ENVIRONMENT}
 
     def close(self) -> None:
         """Close the connections and unmap the memory."""

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from benchmarks.contestants.row_exchange import RowExchange
+from vllm_efa_ep.bench.contestants.row_exchange import RowExchange
 
 
 class GlooAllToAll(RowExchange):

@@ -4,8 +4,8 @@ from abc import abstractmethod
 
 import torch
 
-from benchmarks.contestants.contestant import Contestant, Workplace
-from benchmarks.problem import TOP_K, Problem
+from vllm_efa_ep.bench.contestants.contestant import Contestant, Workplace
+from vllm_efa_ep.bench.problem import Problem
 
 WORD = torch.int32
 
@@ -13,22 +13,25 @@ WORD = torch.int32
 class RowExchange(Contestant):
     """One row per (token, owner rank), in one all-to-all each way after an exchange of the counts.
 
-    A dispatched row is payload, ids and weights side by side, so that one collective moves all three, and a
-    combined row is bare payload. Rows are exchanged as 4-byte words. Every buffer exists beforehand.
+    A dispatched row is payload, scales, ids and weights side by side, so that one collective moves them all,
+    and a combined row is bare payload. Rows are exchanged as 4-byte words. Every buffer exists beforehand.
     """
 
     def __init__(self, problem: Problem, workplace: Workplace) -> None:
         """Allocate for the worst case, every token to every rank."""
         super().__init__(problem, workplace)
-        cell = problem.cell
-        self._payload_words = cell.row_bytes // WORD.itemsize
-        words = self._payload_words + 2 * TOP_K
+        cell, inputs = problem.cell, problem.inputs
+        parts = [inputs.x, *([] if inputs.scales is None else [inputs.scales]), inputs.ids, inputs.weights]
+        self._parts = [part.view(WORD) for part in parts]
+        self._widths = [part.shape[1] for part in self._parts]
+        words = sum(self._widths)
+        combine_words = cell.combine_row_bytes // WORD.itemsize
         rows = cell.world * cell.tokens
         self._packed = torch.empty(cell.tokens, words, dtype=WORD)
         self._sent = workplace.scratch.rows("sent", rows, words, WORD)
         self._received = workplace.scratch.rows("received", rows, words, WORD)
         # The rows that come back may overwrite the rows that were sent.
-        self._returned = workplace.scratch.rows("sent", rows, self._payload_words, WORD)
+        self._returned = workplace.scratch.rows("sent", rows, combine_words, WORD)
         self._owners = torch.empty(cell.tokens, cell.world, dtype=torch.bool)
         self._expert_output = problem.expert_output.view(WORD)
 
@@ -44,14 +47,13 @@ class RowExchange(Contestant):
 
     def dispatch(self) -> None:
         """Route and pack the rows by owner and exchange them."""
-        inputs = self.problem.inputs
-        owner_of = (inputs.ids // self.problem.experts_per_rank).long()
+        owner_of = (self.problem.inputs.ids // self.problem.experts_per_rank).long()
         self._owners.zero_().scatter_(1, owner_of, True)
         counts = self._owners.sum(0, dtype=torch.int32)
         self._sent_rows = counts.tolist()
         self._received_rows = self.exchange_counts(counts)
         self._tokens = self._owners.t().nonzero()[:, 1]
-        torch.cat((inputs.x.view(WORD), inputs.ids, inputs.weights.view(WORD)), dim=1, out=self._packed)
+        torch.cat(self._parts, dim=1, out=self._packed)
         sent = self._sent[: len(self._tokens)]
         torch.index_select(self._packed, 0, self._tokens, out=sent)
         received = self._received[: sum(self._received_rows)]
@@ -67,10 +69,8 @@ class RowExchange(Contestant):
     def check(self) -> None:
         """Compare with the oracle."""
         received = self._received[: sum(self._received_rows)]
-        x, ids, weights = torch.split(received, [self._payload_words, TOP_K, TOP_K], dim=1)
-        x, weights = (
-            x.contiguous().view(self.problem.cell.torch_dtype),
-            weights.contiguous().view(torch.float32),
-        )
-        self.problem.check_dispatch(self.name, x, ids, weights, of_all=False)
+        parts = [part.contiguous() for part in torch.split(received, self._widths, dim=1)]
+        scales = parts[1].view(torch.float32) if self.problem.inputs.scales is not None else None
+        x, ids, weights = parts[0].view(self.problem.cell.format.dispatch), parts[-2], parts[-1]
+        self.problem.check_dispatch(self.name, x, scales, ids, weights.view(torch.float32), of_all=False)
         self.problem.check_out(self.name, self.problem.out)

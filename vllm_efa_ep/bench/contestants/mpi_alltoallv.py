@@ -3,7 +3,7 @@
 import torch
 from mpi4py import MPI
 
-from benchmarks.contestants.row_exchange import RowExchange
+from vllm_efa_ep.bench.contestants.row_exchange import RowExchange
 
 
 class MpiAllToAllv(RowExchange):
