@@ -4,7 +4,7 @@ A rank offers its weights once; afterwards others read them without its help, ov
 elsewhere. A rebalancing of one layer, on every rank::
 
     transfer = ExpertTransfer(bootstrap)
-    transfer.offer("layer 3", {"w13": w13, "w2": w2})  # [slots, ...] each
+    transfer.offer({"layer 3": {"w13": w13, "w2": w2}})  # [slots, ...] each
     moves = plan_moves(old_map, new_map, bootstrap.world_size)[bootstrap.rank]
     transfer.pull_together("layer 3", moves, staging)  # collective; staging: like what is offered
     for move in moves:  # all ranks have read, so weights may change
@@ -104,27 +104,28 @@ class ExpertTransfer:
         """The NIXL plug-in in use."""
         return self._agent.backend
 
-    def offer(self, layer: str, weights: Mapping[str, torch.Tensor]) -> None:
-        """Let the other ranks read a layer's weights, wherever they are changed later; not collective.
+    def offer(self, layers: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Let the other ranks read weights, beside what was offered before; not collective.
 
         Args:
-            layer: Its name, the same on all ranks.
-            weights: Tensors of ``[slots, ...]``, such as w13, w2 and their scales; on the CPU or on one GPU.
-                They must stay where they are until ``close``.
+            layers: By the name of the layer, the same on all ranks, and of the weight (such as w13, w2 and
+                their scales): a tensor of ``[slots, ...]``, on the CPU or on one GPU. It must stay where it
+                is until ``close``.
 
         Raises:
             ConfigurationError: A slot of a tensor is not one run of bytes, or the network cannot reach it.
             EfaEpError: The bootstrap is gone.
 
         """
-        self._offered[layer] = {name: self._reach(name, tensor) for name, tensor in weights.items()}
-        self._weights[layer] = dict(weights)
-        layers = {
-            offered: {name: slots.to_json() for name, slots in tensors.items()}
-            for offered, tensors in self._offered.items()
+        for layer, weights in layers.items():
+            self._offered[layer] = {name: self._reach(name, tensor) for name, tensor in weights.items()}
+            self._weights[layer] = dict(weights)
+        described = {
+            layer: {name: slots.to_json() for name, slots in offered.items()}
+            for layer, offered in self._offered.items()
         }
         agent = base64.b64encode(self._agent.metadata()).decode()
-        self._bootstrap.publish(_key(self._bootstrap.rank), json.dumps({"agent": agent, "layers": layers}))
+        self._bootstrap.publish(_key(self._bootstrap.rank), json.dumps({"agent": agent, "layers": described}))
 
     def pull(
         self,

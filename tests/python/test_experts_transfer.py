@@ -61,7 +61,7 @@ def _rebalance(rank: Rank, old: list[int], new: list[int]) -> int:
     bootstrap, own = rank.bootstrap, rank.bootstrap.rank
     weights, staging = _weights(_local(old, own)), _empty()
     with ExpertTransfer(bootstrap, _SETTINGS) as transfer:
-        transfer.offer(_LAYER, weights)
+        transfer.offer({_LAYER: weights})
         moves = plan_moves(old, new, bootstrap.world_size)[own]
         pulled = transfer.pull_together(_LAYER, moves, staging)
         for move in moves:
@@ -92,7 +92,7 @@ def _outlive(rank: Rank) -> list[str]:
     bootstrap, own = rank.bootstrap, rank.bootstrap.rank
     placement = [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 8, 9]
     with ExpertTransfer(bootstrap, _SETTINGS) as transfer:
-        transfer.offer(_LAYER, _weights(_local(placement, own)))
+        transfer.offer({_LAYER: _weights(_local(placement, own))})
         bootstrap.all_gather(b"offered")
         staging = _empty()
         if own == 0:  # connected before the end, as ranks are
@@ -131,7 +131,7 @@ def test_a_dead_source_is_named_and_its_copies_serve() -> None:
 def _stalled(rank: Rank) -> str:
     bootstrap, own = rank.bootstrap, rank.bootstrap.rank
     with ExpertTransfer(bootstrap, _SETTINGS) as transfer:
-        transfer.offer(_LAYER, _weights(_local(list(range(8)), own)))
+        transfer.offer({_LAYER: _weights(_local(list(range(8)), own))})
         bootstrap.all_gather(b"offered")
         rank.tell("offered")
         rank.await_go()
@@ -156,7 +156,7 @@ def test_a_frozen_source_is_named_in_time() -> None:
 def _fail_alone(rank: Rank) -> str:
     own = rank.bootstrap.rank
     with ExpertTransfer(rank.bootstrap, _SETTINGS) as transfer:
-        transfer.offer(_LAYER, _weights([0, 1, 2, 3]))
+        transfer.offer({_LAYER: _weights([0, 1, 2, 3])})
         moves = [Move(0, 1 - own, 9 if own == 1 else 0, 0)]
         with pytest.raises((ConfigurationError, ExpertTransferError)) as failed:
             transfer.pull_together(_LAYER, moves, _empty())
@@ -179,7 +179,7 @@ def test_what_a_rank_has_is_copied() -> None:
     """Without the network."""
     weights, staging = _weights([5, 6, 7, 8]), _empty()
     with ExpertTransfer(_alone(), _SETTINGS) as transfer:
-        transfer.offer(_LAYER, weights)
+        transfer.offer({_LAYER: weights})
         assert transfer.pull(_LAYER, [Move(7, 0, 2, 0)], staging).bytes == 0
     for name, tensor in staging.items():
         assert torch.equal(tensor[0], weights[name][2])
@@ -205,7 +205,7 @@ def test_tensors_that_do_not_fit_are_refused(name: str, tensor: torch.Tensor, me
     """With the names, and both sides of the difference; nothing is written."""
     staging = _empty()
     with ExpertTransfer(_alone(), _SETTINGS) as transfer:
-        transfer.offer(_LAYER, _weights([1, 2, 3, 4]))
+        transfer.offer({_LAYER: _weights([1, 2, 3, 4])})
         with pytest.raises(ConfigurationError, match=message):
             transfer.pull(_LAYER, [Move(1, 0, 0, 0)], {**staging, name: tensor})
     assert not staging["w13_scale"].any()
