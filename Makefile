@@ -122,6 +122,7 @@ bench: setup
 	@$(BUILD)/cpp-plain/benchmarks/wire_counts
 	@$(BUILD)/cpp-plain/benchmarks/proxy_rate
 	@$(BUILD)/cpp-plain/benchmarks/put_signal
+	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.experts_transfer
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.round_trip $(BENCH)
 
 clean:
