@@ -68,7 +68,7 @@ def pages(site: Path) -> dict[Path, Page]:
 
 
 def leads_somewhere(link: str, path: Path, built: dict[Path, Page]) -> bool:
-    """Whether a link of the page at ``path`` leads to a file of the site, and an anchor in it, or elsewhere."""
+    """Whether a link on the page ``path`` leads to a file of the site, and an anchor in it; or elsewhere."""
     target = urlsplit(link)
     if target.scheme or target.netloc:
         return True
