@@ -22,6 +22,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -31,7 +32,7 @@ from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError, ExpertTransferError, RankTimeoutError
 from vllm_efa_ep.experts_plan import Move
 from vllm_efa_ep.nixl_agent import NixlAgent, Read, Region, wait_until
-from vllm_efa_ep.weight_slots import WeightSlots
+from vllm_efa_ep.weight_slots import WeightSlots, check_move
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class ExpertTransfer:
         for move in moves:
             by_source.setdefault(move.source, []).append(move)
         for move in by_source.pop(self._bootstrap.rank, []):
-            _check(self._offered.get(layer, {}), layer, move, targets)
+            check_move(self._offered.get(layer, {}), layer, move, targets)
             for name, tensor in into.items():
                 tensor[move.slot].copy_(self._weights[layer][name][move.source_slot])
         offers = {
@@ -185,23 +186,41 @@ class ExpertTransfer:
         moves: Sequence[Move],
         into: Mapping[str, torch.Tensor],
         timeout_s: float | None = None,
+        survivors: Sequence[int] | None = None,
+        step: str = "",
     ) -> Pulled:
         """Collective ``pull``: once it returns, every rank has its experts, and offered weights may change.
 
+        Args:
+            layer: As for ``pull``.
+            moves: As for ``pull``.
+            into: As for ``pull``.
+            timeout_s: As for ``pull``.
+            survivors: After a loss, the ranks that take part (``AllToAll.active_ranks()``).
+            step: With survivors, a name for this exchange: the same on all of them and never used before,
+                such as the generation and the layer.
+
         Raises:
-            ExpertTransferError: Also if another rank could not get its experts; no offered weight may change
-                then.
+            ExpertTransferError: Another rank could not get its experts; no offered weight may change.
             EfaEpError: What ``pull`` raises, and the bootstrap's own errors.
 
         """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+
+        def tell(outcome: str) -> dict[int, str]:
+            if survivors is None:
+                told = self._bootstrap.all_gather(outcome.encode())
+                return {rank: each.decode() for rank, each in enumerate(told)}
+            return self._tell_survivors(outcome, survivors, step, timeout_s)
+
         try:
             pulled = self.pull(layer, moves, into, timeout_s)
         except EfaEpError as error:  # the others must not wait for this rank
-            self._bootstrap.all_gather(str(error).encode())
+            tell(str(error))
             raise
-        for rank, refusal in enumerate(self._bootstrap.all_gather(b"")):
+        for rank, refusal in tell("").items():
             if refusal:
-                raise ExpertTransferError(f"rank {rank} could not get its experts: {refusal.decode()}", rank)
+                raise ExpertTransferError(f"rank {rank} could not get its experts: {refusal}", rank)
         return pulled
 
     def close(self) -> None:
@@ -218,6 +237,29 @@ class ExpertTransfer:
     ) -> None:
         """Close."""
         self.close()
+
+    def _tell_survivors(
+        self, outcome: str, survivors: Sequence[int], step: str, timeout_s: float
+    ) -> dict[int, str]:
+        """Exchange outcomes by keys: the bootstrap's collectives wait for lost ranks, too."""
+        self._bootstrap.publish(f"experts/pulled/{step}/{self._bootstrap.rank}", outcome)
+        deadline = time.monotonic() + timeout_s
+        told: dict[int, str] = {}
+
+        def heard(rank: int) -> bool:
+            answer = self._bootstrap.lookup(f"experts/pulled/{step}/{rank}")
+            if answer is not None:
+                told[rank] = answer
+            return answer is not None
+
+        for rank in survivors:
+            if not wait_until(partial(heard, rank), deadline):
+                raise RankTimeoutError(
+                    f"rank {rank} did not say within {timeout_s:g} s whether it has its experts",
+                    "pull_experts",
+                    missing=(rank,),
+                )
+        return told
 
     def _reach(self, name: str, tensor: torch.Tensor) -> WeightSlots:
         slots = WeightSlots.of(name, tensor)
@@ -252,7 +294,7 @@ class ExpertTransfer:
             )
         offer = self._met[source][1]
         for move in moves:
-            _check(offer.layers[layer], layer, move, targets)
+            check_move(offer.layers[layer], layer, move, targets)
         return offer
 
     def _known(self, source: int) -> dict[str, dict[str, WeightSlots]]:
@@ -327,28 +369,6 @@ def _wait(
             "pull_experts",
             missing=tuple(sorted(pending)),
         )
-
-
-def _check(
-    offered: Mapping[str, WeightSlots], layer: str, move: Move, targets: Mapping[str, WeightSlots]
-) -> None:
-    """Refuse a move whose ends do not fit each other."""
-    source = f"rank {move.source}"
-    if offered.keys() != targets.keys() or not targets:
-        raise ConfigurationError(
-            f"expert {move.expert} of {layer}: {source} offers {sorted(offered)}, but {sorted(targets)} are "
-            "wanted; both must have the same names, at least one"
-        )
-    for name, target in targets.items():
-        problem = target.mismatch(offered[name])
-        if problem:
-            raise ConfigurationError(f"expert {move.expert} of {layer}: {name} at {source} has {problem}")
-        for slot, end, where in ((move.source_slot, offered[name], source), (move.slot, target, "this rank")):
-            if not 0 <= slot < end.slots:
-                raise ConfigurationError(
-                    f"expert {move.expert} of {layer}: {name} has no slot {slot} at {where}; it has "
-                    f"{end.slots}"
-                )
 
 
 def _failed(source: int, experts: tuple[int, ...], reason: str) -> ExpertTransferError:

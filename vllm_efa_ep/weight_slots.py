@@ -1,5 +1,6 @@
 """Where the weights of a rank's experts lie: tensors of ``[slots, ...]``, each slot one run of bytes."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_efa_ep.errors import ConfigurationError
+from vllm_efa_ep.experts_plan import Move
 from vllm_efa_ep.nixl_agent import Region
 
 
@@ -112,3 +114,36 @@ class WeightSlots:
             if own != others:
                 return f"{what} {others} per slot, but {own} is wanted; both must be equal"
         return ""
+
+
+def check_move(
+    offered: Mapping[str, WeightSlots], layer: str, move: Move, targets: Mapping[str, WeightSlots]
+) -> None:
+    """Refuse a move whose ends do not fit each other.
+
+    Args:
+        offered: What the source has, by the names of the weights.
+        layer: The layer, for the message.
+        move: Which expert, from where to where.
+        targets: What this rank wants to fill, by the same names.
+
+    Raises:
+        ConfigurationError: Names, shapes, types or slots differ; the message says which.
+
+    """
+    source = f"rank {move.source}"
+    if offered.keys() != targets.keys() or not targets:
+        raise ConfigurationError(
+            f"expert {move.expert} of {layer}: {source} offers {sorted(offered)}, but {sorted(targets)} are "
+            "wanted; both must have the same names, at least one"
+        )
+    for name, target in targets.items():
+        problem = target.mismatch(offered[name])
+        if problem:
+            raise ConfigurationError(f"expert {move.expert} of {layer}: {name} at {source} has {problem}")
+        for slot, end, where in ((move.source_slot, offered[name], source), (move.slot, target, "this rank")):
+            if not 0 <= slot < end.slots:
+                raise ConfigurationError(
+                    f"expert {move.expert} of {layer}: {name} has no slot {slot} at {where}; it has "
+                    f"{end.slots}"
+                )

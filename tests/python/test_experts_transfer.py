@@ -128,6 +128,39 @@ def test_a_dead_source_is_named_and_its_copies_serve() -> None:
         assert all("rank 2 did not deliver the weights of expert 4, 8" in message for message in ended.value)
 
 
+def _rehost(rank: Rank) -> None:
+    """Rank 2 is lost; the others share its experts, of which each has some copies, among them."""
+    bootstrap, own = rank.bootstrap, rank.bootstrap.rank
+    old = [0, 1, 8, 9, 4, 5, 10, 11, 8, 9, 10, 11]
+    new = [0, 8, 10, 1, 4, 11, 9, 5, *[EMPTY] * _SLOTS]
+    weights, staging = _weights(_local(old, own)), _empty()
+    with ExpertTransfer(bootstrap, _SETTINGS) as transfer:
+        transfer.offer({_LAYER: weights})
+        bootstrap.all_gather(b"offered")
+        rank.tell("offered")
+        rank.await_go()
+        moves = plan_moves(old, new, 3, lost={2})[own]
+        transfer.pull_together(_LAYER, moves, staging, survivors=(0, 1), step="generation 2")
+        wanted = _weights(_local(new, own))
+        for name, tensor in weights.items():
+            for move in moves:
+                tensor[move.slot] = staging[name][move.slot]
+            assert torch.equal(tensor, wanted[name]), name
+
+
+def test_survivors_share_the_experts_of_a_lost_rank() -> None:
+    """Without the process group, which still waits for it."""
+    with ProcessWorld(3, _rehost) as world:
+        for rank in range(3):
+            world.hear(rank, "offered")
+        world.signal(2, signal.SIGKILL)
+        for rank in (0, 1):
+            world.go(rank)
+        for rank in (0, 1):
+            ended = world.ended(rank)
+            assert ended.error is None, ended.message
+
+
 def _stalled(rank: Rank) -> str:
     bootstrap, own = rank.bootstrap, rank.bootstrap.rank
     with ExpertTransfer(bootstrap, _SETTINGS) as transfer:
