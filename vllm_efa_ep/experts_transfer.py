@@ -20,7 +20,8 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -29,7 +30,13 @@ import torch
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.config import Settings
-from vllm_efa_ep.errors import ConfigurationError, EfaEpError, ExpertTransferError, RankTimeoutError
+from vllm_efa_ep.errors import (
+    ConfigurationError,
+    EfaEpError,
+    ExpertTransferError,
+    FabricUnavailableError,
+    RankTimeoutError,
+)
 from vllm_efa_ep.experts_plan import Move
 from vllm_efa_ep.nixl_agent import NixlAgent, Read, Region, wait_until
 from vllm_efa_ep.weight_slots import WeightSlots, check_move
@@ -71,9 +78,14 @@ class _Request:
     """The experts that come from one source, as one transfer."""
 
     source: int
-    experts: tuple[int, ...]
+    moves: Sequence[Move]
     bytes: int
     read: Read
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The experts, in the order of their slots."""
+        return tuple(move.expert for move in self.moves)
 
 
 class ExpertTransfer:
@@ -94,10 +106,12 @@ class ExpertTransfer:
         self._bootstrap = bootstrap
         self._timeout_s = settings.timeout_s
         # A rank that was restarted is another agent to the others.
-        self._agent = NixlAgent(f"efa_ep/{bootstrap.rank}/{secrets.token_hex(4)}", settings.nixl_backend)
+        self._agent = NixlAgent(
+            f"efa_ep/{bootstrap.rank}/{secrets.token_hex(4)}", settings.nixl_backend, settings.timeout_s
+        )
         self._offered: dict[str, dict[str, WeightSlots]] = {}
         self._weights: dict[str, dict[str, torch.Tensor]] = {}
-        self._registered: dict[Region, torch.Tensor] = {}
+        self._registered: set[Region] = set()
         self._met: dict[int, tuple[str, _Offer]] = {}
 
     @property
@@ -152,9 +166,11 @@ class ExpertTransfer:
         Raises:
             ConfigurationError: Names, shapes, types or slots do not fit those of a source.
             ExpertTransferError: A source is dead or refuses; the message names it and the experts.
+            FabricUnavailableError: A call into NIXL is stuck since an earlier failure: build a new instance.
             RankTimeoutError: A source has not offered the layer, or its bytes are not here, in time.
 
         """
+        self._agent.require_alive()
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         started = time.monotonic()
         deadline = started + timeout_s
@@ -173,7 +189,7 @@ class ExpertTransfer:
         requests: list[_Request] = []
         try:
             for source, of_source in by_source.items():
-                requests.append(self._request(offers[source], layer, of_source, targets))
+                requests.append(self._request(offers[source], layer, of_source, targets, deadline))
             _wait(requests, deadline, timeout_s, progress)
         finally:
             for request in requests:
@@ -226,7 +242,6 @@ class ExpertTransfer:
     def close(self) -> None:
         """Offer nothing any more; safe to repeat. Whoever still pulls from here gets an error."""
         self._agent.close()
-        self._registered.clear()
 
     def __enter__(self) -> "ExpertTransfer":
         """Return itself."""
@@ -265,8 +280,8 @@ class ExpertTransfer:
         slots = WeightSlots.of(name, tensor)
         region = slots.region
         if region not in self._registered and region.size > 0:
-            self._agent.register(region, slots.kind)
-            self._registered[region] = tensor  # registered memory must not go away
+            self._agent.register(region, slots.kind, tensor)
+            self._registered.add(region)
         return slots
 
     def _offer_of(
@@ -284,7 +299,9 @@ class ExpertTransfer:
                 f"expert {moves[0].expert} is to come from rank {source}, but ranks are 0 to "
                 f"{self._bootstrap.world_size - 1}"
             )
-        if not wait_until(lambda: layer in self._known(source), deadline):
+        with _blaming(source, moves):
+            offered = wait_until(lambda: layer in self._known(source, deadline), deadline)
+        if not offered:
             experts = ", ".join(str(move.expert) for move in moves)
             raise RankTimeoutError(
                 f"rank {source} has not offered {layer} within {timeout_s:g} s, from which expert {experts} "
@@ -297,7 +314,7 @@ class ExpertTransfer:
             check_move(offer.layers[layer], layer, move, targets)
         return offer
 
-    def _known(self, source: int) -> dict[str, dict[str, WeightSlots]]:
+    def _known(self, source: int, deadline: float) -> dict[str, dict[str, WeightSlots]]:
         """Return the layers of a source, as it published them last."""
         published = self._bootstrap.lookup(_key(source))
         if published is None:
@@ -308,22 +325,27 @@ class ExpertTransfer:
                 layer: {name: WeightSlots.from_json(each) for name, each in tensors.items()}
                 for layer, tensors in told["layers"].items()
             }
-            agent = self._agent.meet(base64.b64decode(told["agent"]))
+            agent = self._agent.meet(base64.b64decode(told["agent"]), deadline)
             self._met[source] = published, _Offer(agent, layers)
         return self._met[source][1].layers
 
     def _request(
-        self, offer: _Offer, layer: str, moves: Sequence[Move], targets: Mapping[str, WeightSlots]
+        self,
+        offer: _Offer,
+        layer: str,
+        moves: Sequence[Move],
+        targets: Mapping[str, WeightSlots],
+        deadline: float,
     ) -> _Request:
         offered = offer.layers[layer]
         remote = [offered[name].slot(move.source_slot) for move in moves for name in targets]
         local = [target.slot(move.slot) for move in moves for target in targets.values()]
         kind = next(iter(targets.values())).kind
-        experts = tuple(move.expert for move in moves)
-        read = self._agent.read(offer.agent, remote, local, kind)
+        with _blaming(moves[0].source, moves):
+            read = self._agent.read(offer.agent, remote, local, kind, deadline)
         if isinstance(read, str):
-            raise _failed(moves[0].source, experts, read)
-        return _Request(moves[0].source, experts, sum(region.size for region in local), read)
+            raise _failed(moves[0].source, moves, read)
+        return _Request(moves[0].source, moves, sum(region.size for region in local), read)
 
 
 def _wait(
@@ -342,13 +364,14 @@ def _wait(
     def all_done() -> bool:
         nonlocal report_at
         for source, request in list(pending.items()):
-            state = request.read.state()
+            with _blaming(source, request.moves):
+                state = request.read.state(deadline)
             if state == "DONE":
                 del pending[source]
                 if progress is not None:
                     progress(arrived(), total)
             elif state != "PROC":
-                raise _failed(source, request.experts, state)
+                raise _failed(source, request.moves, state)
         if pending and time.monotonic() > report_at:
             report_at += _SLOW_SECONDS
             logger.info(
@@ -371,7 +394,17 @@ def _wait(
         )
 
 
-def _failed(source: int, experts: tuple[int, ...], reason: str) -> ExpertTransferError:
+@contextmanager
+def _blaming(source: int, moves: Sequence[Move]) -> Iterator[None]:
+    """Name the rank and the experts for which a call into NIXL does not come back."""
+    try:
+        yield
+    except FabricUnavailableError as error:
+        raise _failed(source, moves, str(error)) from error
+
+
+def _failed(source: int, moves: Sequence[Move], reason: str) -> ExpertTransferError:
+    experts = tuple(move.expert for move in moves)
     named = ", ".join(map(str, experts))
     return ExpertTransferError(
         f"rank {source} did not deliver the weights of expert {named} ({reason}): it has ended, or its host "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from process_world import ProcessWorld, Rank, run_processes
-from thread_world import Rendezvous, ThreadBootstrap
+from thread_world import Rendezvous, ThreadBootstrap, run_ranks
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.config import Settings
@@ -184,6 +184,30 @@ def test_a_frozen_source_is_named_in_time() -> None:
         ended = world.ended(0)
         assert ended.error is None, ended.message
         assert "did not arrive within 0.5 s from rank 1 for experts (5,); 0 of" in ended.value
+
+
+def test_a_call_that_never_returns_ends_at_the_deadline() -> None:
+    """As NIXL's LIBFABRIC posting to a dead peer: the caller gets an error that names it, close() returns."""
+    hold = threading.Event()
+
+    def body(bootstrap: ThreadBootstrap) -> str:
+        with ExpertTransfer(bootstrap, Settings(timeout_s=0.5)) as transfer:
+            transfer.offer({_LAYER: _weights([0, 1, 2, 3])})
+            bootstrap.all_gather(b"offered")
+            message = ""
+            if bootstrap.rank == 0:
+                transfer._agent._nixl.transfer = lambda _: hold.wait()
+                with pytest.raises(ExpertTransferError) as failed:
+                    transfer.pull(_LAYER, [Move(2, 1, 2, 0)], _empty())
+                message = str(failed.value)
+                with pytest.raises(FabricUnavailableError, match="build a new ExpertTransfer"):
+                    transfer.pull(_LAYER, [Move(2, 1, 2, 0)], _empty())
+            bootstrap.all_gather(b"tried")
+        return message
+
+    message, _ = run_ranks(2, body)
+    hold.set()
+    assert message.startswith("rank 1 did not deliver the weights of expert 2 (NIXL has not come back")
 
 
 def _fail_alone(rank: Rank) -> str:
