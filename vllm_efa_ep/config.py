@@ -172,6 +172,16 @@ SETTINGS: tuple[Setting, ...] = (
         minimum=16,
     ),
     Setting(
+        "EFA_EP_NIXL_BACKEND",
+        "nixl_backend",
+        "string",
+        "auto",
+        "",
+        "NIXL plug-in that moves expert weights. `auto`: `LIBFABRIC` on hosts with EFA devices, else `UCX` "
+        "(shared memory, TCP, InfiniBand).",
+        choices=("auto", "UCX", "LIBFABRIC"),
+    ),
+    Setting(
         "EFA_EP_GPU_SIGNALS",
         "gpu_signals",
         "string",
@@ -237,6 +247,7 @@ class Settings:
     signal_policy: str = "counted"
     chunk_bytes: int = 256 * 1024
     ring_commands: int = 4096
+    nixl_backend: str = "auto"
     gpu_signals: str = "auto"
     num_sms: int = 16
     stats_dir: str = ""

@@ -93,7 +93,16 @@ _FINALIZE = (
     "weight_and_reduce_impl",
 )
 
+_EPLB = "vllm.distributed.eplb"
+
 MOE_SEAMS = (
+    Seam(
+        f"{_EPLB}.eplb_state",
+        "create_eplb_communicator",
+        ("group_coordinator", "backend", "expert_weights", "expert_buffer"),
+    ),
+    Seam(f"{_EPLB}.eplb_communicator", "EplbCommunicator.add_recv", ("tensors", "src_rank", "expert_id")),
+    Seam(f"{_EPLB}.eplb_communicator", "EplbCommunicator.set_transfer_context", ("old_indices", "layer_idx")),
     Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.get_handle", ("kwargs",)),
     Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.destroy"),
     Seam(f"{_MOE}.all2all_utils", "get_ep_all2all_manager"),
