@@ -85,6 +85,16 @@ SETTINGS: tuple[Setting, ...] = (
         minimum=0.1,
     ),
     Setting(
+        "EFA_EP_MASK_WINDOW_S",
+        "mask_window_s",
+        "number",
+        10.0,
+        "seconds",
+        "How long `mask()` and `rejoin()` wait for ranks that are not known to be gone before the others go "
+        "on without them. More than the longest time a healthy rank computes between two calls.",
+        minimum=0.1,
+    ),
+    Setting(
         "EFA_EP_RANKS_PER_NODE",
         "ranks_per_node",
         "integer",
@@ -162,6 +172,26 @@ SETTINGS: tuple[Setting, ...] = (
         minimum=16,
     ),
     Setting(
+        "EFA_EP_GPU_SIGNALS",
+        "gpu_signals",
+        "string",
+        "auto",
+        "",
+        "Where GPU kernels poll for arrivals. `gdrcopy`: in GPU memory, written through GDRCopy. `pinned`: "
+        "in host memory, over PCIe. `auto`: `gdrcopy` where library and driver are there, which is logged.",
+        choices=("auto", "gdrcopy", "pinned"),
+    ),
+    Setting(
+        "EFA_EP_NUM_SMS",
+        "num_sms",
+        "integer",
+        16,
+        "SMs",
+        "Most blocks of a GPU kernel of a half, at most one of which per SM works.",
+        minimum=1,
+        maximum=1024,
+    ),
+    Setting(
         "EFA_EP_STATS_DIR",
         "stats_dir",
         "string",
@@ -179,6 +209,7 @@ class Settings:
 
     backend: str = ""
     timeout_s: float = 120.0
+    mask_window_s: float = 10.0
     ranks_per_node: int = 0
     provider: str = "auto"
     libfabric: str = ""
@@ -187,6 +218,8 @@ class Settings:
     signal_policy: str = "counted"
     chunk_bytes: int = 256 * 1024
     ring_commands: int = 4096
+    gpu_signals: str = "auto"
+    num_sms: int = 16
     stats_dir: str = ""
 
     @classmethod

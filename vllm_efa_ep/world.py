@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.errors import ConfigurationError
+from vllm_efa_ep.messages import integer, read_json
 
 Kept = TypeVar("Kept")
 
@@ -28,6 +29,7 @@ class World:
         size: Number of ranks.
         ranks_per_node: Ranks of one node; consecutive ranks that can map each other's memory.
         host_of: The host of every rank, named by the first rank that runs on it.
+        server_of: The rank whose process serves each rank's position: its own, or that of a stand-in.
 
     """
 
@@ -35,21 +37,43 @@ class World:
     size: int
     ranks_per_node: int
     host_of: tuple[int, ...]
+    server_of: tuple[int, ...]
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The live ranks, ascending."""
+        return tuple(rank for rank, server in enumerate(self.server_of) if rank == server)
 
     @property
     def rank_on_host(self) -> int:
-        """This rank's place among the ranks of its host."""
-        return self.host_of[: self.rank].count(self.host_of[self.rank])
+        """This rank's place among the ranks of its host, which decides its NICs.
+
+        A stand-in has the place, and the NICs, of the rank it stands in for; on another host, those of the
+        rank that serves it.
+        """
+        at_home = self._ranks_at_home()
+        place = self.rank if self.rank in at_home else self.server_of[self.rank]
+        return at_home.index(place)
 
     @property
     def ranks_on_host(self) -> int:
         """How many ranks share the host and its NICs."""
-        return self.host_of.count(self.host_of[self.rank])
+        return len(self._ranks_at_home())
+
+    def _ranks_at_home(self) -> list[int]:
+        """Ranks of this host; without those of lost nodes, whose stand-ins are guests here."""
+        live_nodes = {member // self.ranks_per_node for member in self.members}
+        host = self.host_of[self.rank]
+        return [
+            rank
+            for rank in range(self.size)
+            if self.host_of[rank] == host and rank // self.ranks_per_node in live_nodes
+        ]
 
     @property
     def single_host(self) -> bool:
         """Whether all ranks run on one host."""
-        return self.ranks_on_host == self.size
+        return len(set(self.host_of)) == 1
 
     @property
     def nodes(self) -> int:
@@ -78,6 +102,23 @@ class World:
         return [node * self.ranks_per_node + self.index for node in range(self.nodes) if node != self.node]
 
 
+@dataclass(frozen=True)
+class _Claim:
+    """What a process says when it joins."""
+
+    rank: int
+    host: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, said: Any, size: int) -> "_Claim":
+        """Interpret a message in a world of ``size`` ranks."""
+        host, settings = said["host"], said["settings"]
+        if not isinstance(host, str) or not isinstance(settings, dict):
+            raise TypeError("host is a string, settings are named")
+        return cls(integer(said["rank"], size), host, settings)
+
+
 def agree(
     bootstrap: Bootstrap, step: str, contribute: Callable[[], tuple[Kept, bytes]]
 ) -> tuple[Kept, list[bytes]]:
@@ -103,20 +144,28 @@ def agree(
         raise
     answers = bootstrap.all_gather(b"+" + message)
     refusals = [
-        f"rank {rank}: {answer[1:].decode()}" for rank, answer in enumerate(answers) if answer[:1] != b"+"
+        f"rank {rank}: {answer[1:].decode(errors='replace')}"
+        for rank, answer in enumerate(answers)
+        if answer[:1] != b"+"
     ]
     if refusals:
         raise ConfigurationError(f"{step} failed on other ranks; nothing was started. {'; '.join(refusals)}")
     return kept, [answer[1:] for answer in answers]
 
 
-def join_world(bootstrap: Bootstrap, must_agree: Mapping[str, Any], ranks_per_node: int) -> World:
+def join_world(
+    bootstrap: Bootstrap,
+    must_agree: Mapping[str, Any],
+    ranks_per_node: int,
+    server_of: tuple[int, ...] | None = None,
+) -> World:
     """Collective: check that all ranks want the same, and find out which of them share a host.
 
     Args:
         bootstrap: Connects the ranks.
         must_agree: Names and values (JSON) that have to be equal on all ranks.
         ranks_per_node: Ranks per node, or 0 to take the greatest common divisor of the hosts' rank counts.
+        server_of: As in ``World``; None if every rank is alive.
 
     Raises:
         ConfigurationError: Ranks disagree, two claim one id, or ``ranks_per_node`` does not fit the hosts.
@@ -128,14 +177,18 @@ def join_world(bootstrap: Bootstrap, must_agree: Mapping[str, Any], ranks_per_no
         return None, json.dumps(own_claim).encode()
 
     _, told = agree(bootstrap, "joining", claim)
-    claims = [json.loads(each) for each in told]
+    claims = [
+        read_json(each, f"rank {rank}", lambda said: _Claim.of(said, len(told)))
+        for rank, each in enumerate(told)
+    ]
     _check_claims(claims)
-    hosts = [str(c["host"]) for c in claims]
+    hosts = [claim.host for claim in claims]
     return World(
         rank=bootstrap.rank,
         size=len(claims),
         ranks_per_node=_ranks_per_node(hosts, ranks_per_node),
         host_of=tuple(hosts.index(host) for host in hosts),
+        server_of=server_of if server_of is not None else tuple(range(len(claims))),
     )
 
 
@@ -145,18 +198,18 @@ def host_identity() -> str:
     return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
 
 
-def _check_claims(claims: list[dict[str, Any]]) -> None:
+def _check_claims(claims: list[_Claim]) -> None:
     by_id: dict[int, int] = {}
     for position, claim in enumerate(claims):
-        other = by_id.setdefault(claim["rank"], position)
+        other = by_id.setdefault(claim.rank, position)
         if other != position:
             raise ConfigurationError(
                 f"two processes (numbers {other} and {position} of the bootstrap) claim rank "
-                f"{claim['rank']}; give every process its own rank"
+                f"{claim.rank}; give every process its own rank"
             )
-    first = claims[0]["settings"]
+    first = claims[0].settings
     for rank, claim in enumerate(claims):
-        settings = claim["settings"]
+        settings = claim.settings
         for name in sorted(first.keys() | settings.keys()):
             if first.get(name) != settings.get(name):
                 raise ConfigurationError(

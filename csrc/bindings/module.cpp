@@ -10,7 +10,9 @@
 #include <cstdint>
 #include <memory>
 
+#include "bindings/common.h"
 #include "cpu/device.h"
+#include "cpu/stand_in.h"
 #include "errors.h"
 #include "fabric/libfabric_fabric.h"
 #include "memory/arena.h"
@@ -21,19 +23,9 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace efa_ep;
+using namespace efa_ep::bindings;
 
 namespace {
-
-using ReleaseLock = nb::call_guard<nb::gil_scoped_release>;
-
-std::chrono::nanoseconds seconds(double value) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(value));
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 nb::object python_error(const char* name) { return nb::module_::import_("vllm_efa_ep.errors").attr(name); }
 
@@ -53,6 +45,8 @@ void translate(const std::exception_ptr& pointer, void*) {
     raise("ConfigurationError", error);
   } catch (const FabricUnavailableError& error) {
     raise("FabricUnavailableError", error);
+  } catch (const CudaError& error) {
+    raise("CudaError", error);
   } catch (const TransportError& error) {
     raise(python_error("TransportError")(error.what(), error.peer));
   } catch (const RankTimeoutError& error) {
@@ -96,7 +90,7 @@ Counters counters_of(const SignalPolicy& policy) {
   return result;
 }
 
-Counters counters_of(const CpuDevice& device) {
+nb::typed<nb::dict, std::string, nb::any> counters_of(const CpuDevice& device) {
   const DeviceCounters counters = device.counters();
   nb::dict result;
   result["rounds"] = counters.rounds;
@@ -104,6 +98,8 @@ Counters counters_of(const CpuDevice& device) {
   result["received_rows"] = counters.received_rows;
   result["network_rows"] = counters.network_rows;
   result["peer_rows"] = counters.peer_rows;
+  result["dropped_slots"] = counters.dropped_slots;
+  result["dropped_weight"] = counters.dropped_weight;
   return result;
 }
 
@@ -143,6 +139,8 @@ void bind_protocol(nb::module_& m) {
           nb::kw_only(), "world"_a, "ranks_per_node"_a, "top_k"_a, "payload_bytes"_a, "scale_bytes"_a,
           "combine_bytes"_a, "max_tokens"_a, "channels"_a)
       .def_prop_ro("total_bytes", &Layout::total_bytes)
+      .def_prop_ro("signal_bytes", &Layout::signal_bytes)
+      .def_prop_ro("top_k", [](const Layout& layout) { return layout.row.top_k; })
       .def_prop_ro("dispatch_row_bytes", &Layout::dispatch_row)
       .def_prop_ro("combine_row_bytes", &Layout::combine_row)
       .def_ro("channels", &Layout::channels)
@@ -187,6 +185,13 @@ void bind_fabric(nb::module_& m) {
           "register_memory",
           [](Fabric& fabric, const Arena& arena) { fabric.register_memory(arena.data(), arena.bytes()); },
           "arena"_a, nb::keep_alive<1, 2>())
+      .def(
+          "register_device_memory",
+          [](Fabric& fabric, uintptr_t address, size_t bytes, int dmabuf, int device) {
+            fabric.register_device_memory({pointer<std::byte>(address), bytes, dmabuf, device});
+          },
+          "address"_a, "bytes"_a, "dmabuf"_a, "device"_a,
+          "The memory outlives the fabric. `dmabuf` is used during the call only; -1: none.")
       .def("address",
            [](const Fabric& fabric) {
              const std::vector<std::byte> bytes = fabric.address();
@@ -202,18 +207,22 @@ void bind_fabric(nb::module_& m) {
       .def(
           "__init__",
           [](LibfabricFabric* self, std::string provider, std::string library, std::string interface,
-             uint32_t nics, uint32_t rank_on_host, uint32_t ranks_on_host, bool fence, uint32_t peers) {
+             uint32_t nics, uint32_t rank_on_host, uint32_t ranks_on_host, bool fence, uint32_t peers,
+             std::vector<std::string> rdma_devices, bool device_memory) {
             new (self) LibfabricFabric(LibfabricOptions{.provider = std::move(provider),
                                                         .library = std::move(library),
                                                         .interface = std::move(interface),
                                                         .nics = nics,
                                                         .local_rank = rank_on_host,
                                                         .ranks_on_host = ranks_on_host,
+                                                        .rdma_devices = std::move(rdma_devices),
                                                         .fence = fence,
+                                                        .device_memory = device_memory,
                                                         .peers = peers});
           },
           nb::kw_only(), "provider"_a, "library"_a, "interface"_a, "nics"_a, "rank_on_host"_a,
-          "ranks_on_host"_a, "fence"_a, "peers"_a);
+          "ranks_on_host"_a, "fence"_a, "peers"_a, "rdma_devices"_a = std::vector<std::string>{},
+          "device_memory"_a = false);
 }
 
 void bind_signals(nb::module_& m) {
@@ -227,45 +236,33 @@ void bind_signals(nb::module_& m) {
       .def("counters", [](const SignalPolicy& policy) { return counters_of(policy); });
 }
 
-// Runs Python's signal handlers while a thread waits, so that Ctrl-C and SIGTERM end the wait at once. What
-// it waited for goes along as a note of the handler's exception.
-void check_signals(const Wait& wait) {
-  if (PyErr_CheckSignals() == 0) return;
-  nb::python_error error;
-  nb::list notes;
-  notes.append(wait.describe());
-  error.value().attr("__notes__") = notes;
-  error.restore();
-  nb::raise_python_error();
-}
-
-// `check_wait(half, round, description)` raises to end a wait.
-using CheckWait = nb::typed<nb::callable, void(std::string, uint32_t, std::string)>;
-
-InterruptCheck interrupt_check(CheckWait check_wait) {
-  return [check_wait = std::move(check_wait)](const Wait& wait) {
-    const nb::gil_scoped_acquire lock;
-    check_signals(wait);
-    check_wait(wait.half, wait.round, wait.describe());
-  };
-}
-
 void bind_proxy(nb::module_& m) {
+  nb::class_<CommandSource>(m, "CommandSource");
   nb::class_<Proxy>(m, "Proxy")
       .def(
           "__init__",
-          [](Proxy* self, Fabric& fabric, const Arena& arena, const Layout& layout, uint32_t rank,
-             uint64_t chunk_bytes, uint32_t ring_commands, double timeout_s, bool own_core) {
-            new (self) Proxy(fabric, arena.data(),
+          [](Proxy* self, Fabric& fabric, const Arena* arena, const Layout& layout, uint32_t rank,
+             uint64_t chunk_bytes, uint32_t ring_commands, double timeout_s, bool own_core,
+             CommandSource* commands, uintptr_t signals, bool signals_combine_writes,
+             std::vector<uint32_t> cpus) {
+            if (arena == nullptr && signals == 0)
+              throw ConfigurationError("a proxy needs an arena, or a place for its signals");
+            new (self) Proxy(fabric, arena == nullptr ? nullptr : arena->data(),
                              {.layout = layout,
                               .rank = rank,
                               .chunk_bytes = chunk_bytes,
                               .ring_commands = ring_commands,
                               .timeout = seconds(timeout_s),
-                              .own_core = own_core});
+                              .own_core = own_core,
+                              .commands = commands,
+                              .signals = pointer<std::byte>(signals),
+                              .signals_combine_writes = signals_combine_writes,
+                              .cpus = std::move(cpus)});
           },
-          nb::kw_only(), "fabric"_a, "arena"_a, "layout"_a, "rank"_a, "chunk_bytes"_a, "ring_commands"_a,
-          "timeout_s"_a, "own_core"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+          nb::kw_only(), "fabric"_a, "arena"_a.none(), "layout"_a, "rank"_a, "chunk_bytes"_a,
+          "ring_commands"_a, "timeout_s"_a, "own_core"_a, "commands"_a.none() = nb::none(), "signals"_a = 0,
+          "signals_combine_writes"_a = false, "cpus"_a = std::vector<uint32_t>{}, nb::keep_alive<1, 2>(),
+          nb::keep_alive<1, 3>(), nb::keep_alive<1, 10>())
       .def("counters", [](const Proxy& proxy) { return counters_of(proxy); })
       .def(
           "drain",
@@ -286,7 +283,46 @@ DispatchOutput dispatch_output(uintptr_t x, uintptr_t scales, uintptr_t ids, uin
           .tokens_per_expert = pointer<int32_t>(tokens_per_expert)};
 }
 
+CpuDeviceOptions device_options(const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
+                                ScalarType combine_type, bool per_expert, double timeout_s) {
+  return {.layout = layout,
+          .rank = rank,
+          .expert_owner = std::move(expert_owner),
+          .combine_type = combine_type,
+          .per_expert = per_expert,
+          .timeout = seconds(timeout_s)};
+}
+
+std::vector<std::byte*> bases_of(const std::vector<const Arena*>& arenas) {
+  std::vector<std::byte*> bases;
+  for (const Arena* arena : arenas) bases.push_back(arena->data());
+  return bases;
+}
+
+void bind_stand_in(nb::module_& m) {
+  nb::class_<StandIn>(m, "StandIn")
+      .def(
+          "__init__",
+          [](StandIn* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
+             ScalarType combine_type, bool per_expert, double timeout_s,
+             const std::vector<const Arena*>& arenas, Proxy* proxy) {
+            new (self) StandIn(
+                device_options(layout, rank, std::move(expert_owner), combine_type, per_expert, timeout_s),
+                bases_of(arenas), proxy);
+          },
+          nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
+          "timeout_s"_a, "arenas"_a, "proxy"_a.none(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
+      .def("start_round", &StandIn::start_round, "channel"_a)
+      .def(
+          "wait_until_idle",
+          [](StandIn& self, double most_s) { return self.wait_until_idle(seconds(most_s)); }, "most_s"_a,
+          ReleaseLock())
+      .def("stop", &StandIn::stop, ReleaseLock())
+      .def("throw_if_failed", &StandIn::throw_if_failed);
+}
+
 void bind_device(nb::module_& m) {
+  m.attr("NO_OWNER") = kNoOwner;
   nb::enum_<ScalarType>(m, "ScalarType")
       .value("bfloat16", ScalarType::kBfloat16)
       .value("float16", ScalarType::kFloat16)
@@ -297,16 +333,10 @@ void bind_device(nb::module_& m) {
           [](CpuDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
              ScalarType combine_type, bool per_expert, double timeout_s,
              const std::vector<const Arena*>& arenas, Proxy* proxy, const CheckWait& check_wait) {
-            std::vector<std::byte*> bases;
-            for (const Arena* arena : arenas) bases.push_back(arena->data());
-            new (self) CpuDevice({.layout = layout,
-                                  .rank = rank,
-                                  .expert_owner = std::move(expert_owner),
-                                  .combine_type = combine_type,
-                                  .per_expert = per_expert,
-                                  .timeout = seconds(timeout_s),
-                                  .check_interrupt = interrupt_check(check_wait)},
-                                 std::move(bases), proxy);
+            CpuDeviceOptions options =
+                device_options(layout, rank, std::move(expert_owner), combine_type, per_expert, timeout_s);
+            options.check_interrupt = interrupt_check(check_wait);
+            new (self) CpuDevice(options, bases_of(arenas), proxy);
           },
           nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
           "timeout_s"_a, "arenas"_a, "proxy"_a.none(), "check_wait"_a, nb::keep_alive<1, 8>(),
@@ -374,7 +404,10 @@ NB_MODULE(_core, m) {
   bind_protocol(m);
   bind_memory(m);
   bind_fabric(m);
+  bind_link(m);
   bind_signals(m);
   bind_proxy(m);
   bind_device(m);
+  bind_cuda(m);
+  bind_stand_in(m);
 }

@@ -55,14 +55,17 @@ void CpuDevice::dispatch_send(uint32_t channel_index, const DispatchInput& input
   if (proxy_ != nullptr) proxy_->help();
 }
 
-// Checks all ids, copies them, and lists the tokens of each remote node and each local owner.
+// Checks all ids, copies them, and lists the tokens of each remote node and each local owner. A slot whose
+// expert has no owner travels as one that the caller dropped, so no other rank needs to know.
 template <class Id>
-void CpuDevice::route(Channel& channel, const DispatchInput& input) const {
+void CpuDevice::route(Channel& channel, const DispatchInput& input) {
   for (auto& tokens : channel.tokens_of_node) tokens.clear();
   for (auto& tokens : channel.tokens_of_owner) tokens.clear();
   const uint32_t top_k = layout_.row.top_k;
   channel.ids.resize(size_t{input.tokens} * top_k);
   const Id* ids = static_cast<const Id*>(input.ids);
+  uint64_t dropped_slots = 0;
+  double dropped_weight = 0;
   const auto add_once = [](std::vector<uint32_t>& tokens, uint32_t token) {
     if (tokens.empty() || tokens.back() != token) tokens.push_back(token);
   };
@@ -73,12 +76,21 @@ void CpuDevice::route(Channel& channel, const DispatchInput& input) const {
       channel.ids[entry] = id;
       if (id < 0) continue;
       const uint32_t rank = placement_.owner(id);
+      if (rank == kNoOwner) {
+        channel.ids[entry] = -1;
+        ++dropped_slots;
+        dropped_weight += input.weights[entry];
+        continue;
+      }
       const uint32_t node = topology_.node_of(rank);
       add_once(
           node == node_ ? channel.tokens_of_owner[topology_.index_of(rank)] : channel.tokens_of_node[node],
           token);
     }
   }
+  if (dropped_slots == 0) return;
+  counters_.dropped_slots += dropped_slots;
+  counters_.dropped_weight += dropped_weight;
 }
 
 // Makes a row of the staging section; they are numbered from its start.
@@ -297,11 +309,11 @@ void CpuDevice::pack_per_token(uint32_t channel_index, const DispatchOutput& out
     for (uint32_t i = 0; i < source.rows.size(); ++i, ++place) {
       const std::byte* row = row_of(source, i);
       copy_activation(row, output, place);
-      std::memcpy(output.ids + place * top_k, ids_of(row), size_t{4} * top_k);
+      const RowIds ids = ids_of(row);
+      std::copy(ids.begin(), ids.end(), output.ids + place * top_k);
       std::memcpy(output.weights + place * top_k, weights_of(row), size_t{4} * top_k);
-      const int32_t* ids = ids_of(row);
-      for (uint32_t slot = 0; slot < top_k; ++slot) {
-        if (is_own(ids[slot])) ++output.tokens_per_expert[placement_.local(ids[slot])];
+      for (const int32_t id : ids) {
+        if (is_own(id)) ++output.tokens_per_expert[placement_.local(id)];
       }
     }
   }
@@ -315,7 +327,7 @@ void CpuDevice::pack_per_expert(uint32_t channel_index, const DispatchOutput& ou
   for (const Source& source : channel.sources) {
     for (uint32_t i = 0; i < source.rows.size(); ++i) {
       const std::byte* row = row_of(source, i);
-      const int32_t* ids = ids_of(row);
+      const RowIds ids = ids_of(row);
       const size_t first = channel.positions.size();
       for (uint32_t slot = 0; slot < top_k; ++slot) {
         uint32_t position = 0;

@@ -13,6 +13,7 @@
 
 #include "protocol/limits.h"
 #include "proxy/command_ring.h"
+#include "proxy/command_source.h"
 
 namespace efa_ep::cuda {
 
@@ -35,27 +36,36 @@ constexpr RingEntry ring_entry(const Command& command, uint64_t position, uint32
 }
 
 /// The proxy's end. One thread at a time.
-class DeviceRingReader {
+class DeviceRingReader final : public CommandSource {
  public:
   /// `entries` are zero at the start; `tail` is a word that the device reads, 0 at the start.
   DeviceRingReader(RingEntry* entries, uint64_t* tail, uint32_t capacity)
       : entries_(entries), tail_(*tail), capacity_(capacity) {}
 
-  /// Returns false if the ring is empty.
-  bool try_pop(Command& command) {
-    RingEntry& entry = entries_[position_ & (capacity_ - 1)];
-    const uint64_t parity = ring_parity(position_, capacity_);
-    const uint64_t first = std::atomic_ref(entry.first).load(std::memory_order_acquire);
-    if ((first & 1) != parity) return false;
-    const uint64_t second = std::atomic_ref(entry.second).load(std::memory_order_acquire);
-    if ((second & kSecondParityBit) != parity * kSecondParityBit) return false;
-    command = Command::decode({first, second & ~kSecondParityBit});
+  bool try_pop(Command& command) override {
+    RingEntry entry;
+    if (!read_next(entry)) return false;
+    command = Command::decode({entry.first, entry.second & ~kSecondParityBit});
     ++position_;
     tail_.store(position_, std::memory_order_release);
     return true;
   }
+  bool empty() const override {
+    RingEntry entry;
+    return !read_next(entry);
+  }
 
  private:
+  // Returns false if the next entry is not full.
+  bool read_next(RingEntry& entry) const {
+    RingEntry& next = entries_[position_ & (capacity_ - 1)];
+    const uint64_t parity = ring_parity(position_, capacity_);
+    entry.first = std::atomic_ref(next.first).load(std::memory_order_acquire);
+    if ((entry.first & 1) != parity) return false;
+    entry.second = std::atomic_ref(next.second).load(std::memory_order_acquire);
+    return (entry.second & kSecondParityBit) == parity * kSecondParityBit;
+  }
+
   RingEntry* const entries_;
   const std::atomic_ref<uint64_t> tail_;
   const uint32_t capacity_;

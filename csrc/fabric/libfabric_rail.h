@@ -41,6 +41,7 @@ class LibfabricRail {
   bool honours_fence() const { return (info_->caps & FI_FENCE) != 0; }
 
   void register_memory(std::byte* base, size_t bytes);
+  void register_device_memory(const DeviceRange& range);
   RailAddress address() const;
   void connect(uint32_t peer, const RailAddress& address, uint64_t memory_bytes);
   PostResult post_write(const WriteRequest& request);
@@ -65,7 +66,8 @@ class LibfabricRail {
   void set_endpoint_options();
   void prepare_receives();
   void post_receives();
-  FidPtr<fid_mr> register_piece(void* base, size_t bytes, uint64_t access, uint64_t requested_key) const;
+  FidPtr<fid_mr> register_piece(void* base, size_t bytes, uint64_t access, uint64_t key) const;
+  FidPtr<fid_mr> register_device_piece(const DeviceRange& range, uint64_t piece) const;
   const Peer& target_of(const WriteRequest& request) const;
   bool is_receive(const void* context) const;
   Write* write_of(void* context);
@@ -78,6 +80,7 @@ class LibfabricRail {
   // In the order of creation: destruction in reverse closes the endpoint first.
   InfoPtr info_;
   uint32_t index_;
+  uint64_t first_key_;
   uint32_t completion_queue_depth_ = 0;
   uint64_t max_write_bytes_ = 0;
   std::vector<Write> writes_;

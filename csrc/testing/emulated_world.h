@@ -12,11 +12,13 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "cpu/device.h"
 #include "fabric/emulated_fabric.h"
 #include "proxy/proxy.h"
+#include "proxy/signal_policy.h"
 
 namespace efa_ep {
 
@@ -25,6 +27,7 @@ struct EmulatedWorldOptions {
   std::vector<uint32_t> expert_owner;  ///< owner rank of every expert
   ScalarType combine_type = ScalarType::kBfloat16;
   bool per_expert = false;
+  SignalPolicyKind signal_policy = SignalPolicyKind::kCounted;
   uint64_t chunk_bytes = 256 * 1024;
   uint32_t ring_commands = 4096;  ///< at least the chunks that one rank sends in a round, over all channels
   std::chrono::nanoseconds timeout = std::chrono::seconds(1);  ///< virtual, of every half
@@ -62,6 +65,11 @@ class EmulatedWorld {
   /// frozen for good. A rank that fails keeps its error and does nothing any more.
   void run(EmulatedWorkload& workload, uint32_t rounds);
 
+  /// What mask() of the Python package does, agreed on already: new arenas, endpoints, proxies and devices,
+  /// on which run() goes on with the next rounds. `server_of[r]` is r for a live rank; a lost one's position
+  /// is served, on the NICs that were its own, by that rank, which lets it begin a round when it does.
+  void mask(std::vector<uint32_t> server_of);
+
   /// Injects a fault in the moment before a rank's half.
   void inject_before(Half half, const EmulatedTurn& turn, const Fault& fault);
 
@@ -76,6 +84,7 @@ class EmulatedWorld {
   CpuDevice& device(uint32_t rank) { return *ranks_.at(rank).device; }
   /// Null in a world of one node.
   Proxy* proxy(uint32_t rank) { return ranks_.at(rank).proxy.get(); }
+  SignalPolicy* policy(uint32_t rank) { return ranks_.at(rank).policy.get(); }
   std::byte* arena(uint32_t rank) { return ranks_.at(rank).arena.get(); }
 
  private:
@@ -88,13 +97,31 @@ class EmulatedWorld {
     uint32_t last = 0;  // round to finish
     std::chrono::nanoseconds since{};
   };
+  /// A device's clock. The world waits in the device's stead, so a device that is asked to wait all the same
+  /// is told when its half began, and from then on what time it is.
+  class HalfClock final : public DeadlineClock {
+   public:
+    void use(const DeadlineClock& network) { network_ = &network; }
+    void begin(std::chrono::nanoseconds since) { since_ = since; }
+    TimePoint now() const override {
+      const auto since = std::exchange(since_, std::nullopt);
+      return since ? TimePoint(*since) : network_->now();
+    }
+
+   private:
+    const DeadlineClock* network_ = nullptr;
+    mutable std::optional<std::chrono::nanoseconds> since_;
+  };
   struct Rank {
     std::unique_ptr<std::byte, Free> arena;
     std::unique_ptr<EmulatedFabric> fabric;
+    std::unique_ptr<SignalPolicy> policy;
     std::unique_ptr<Proxy> proxy;
+    HalfClock clock;
     std::unique_ptr<CpuDevice> device;
     std::vector<Channel> channels;
     uint64_t received_rows = 0;  // of all rounds and channels
+    std::vector<uint32_t> stands_in_for;
     std::exception_ptr error;
     bool queued = false;
   };
@@ -104,6 +131,7 @@ class EmulatedWorld {
     Fault fault;
   };
 
+  void build();
   void connect(uint32_t rank);
   void make_device(uint32_t rank);
   void enqueue(uint32_t rank);
@@ -111,6 +139,7 @@ class EmulatedWorld {
   void step(uint32_t rank);
   bool advance_channel(uint32_t rank, uint32_t channel);
   bool may_finish(uint32_t rank, uint32_t channel);
+  bool may_begin(uint32_t rank, uint32_t channel) const;
   void finish_half(uint32_t rank, uint32_t channel);
   void inject_due(const EmulatedTurn& turn, Half half);
   bool is_running(uint32_t rank, const Channel& channel) const;
@@ -119,6 +148,7 @@ class EmulatedWorld {
   void expire();
   template <class Work>
   void guard(uint32_t rank, const Work& work);
+  bool is_stand_in(uint32_t rank) const { return server_of_[rank] != rank; }
   EmulatedTurn turn_of(uint32_t rank, uint32_t channel) const {
     return {rank, channel, ranks_[rank].channels[channel].finished + 1};
   }
@@ -127,6 +157,7 @@ class EmulatedWorld {
   EmulatedNetwork network_;
   std::mt19937_64 random_;
   std::vector<Rank> ranks_;
+  std::vector<uint32_t> server_of_;
   std::vector<uint32_t> queue_;  // ranks that may have something to do
   std::vector<HalfFault> faults_;
   std::chrono::nanoseconds no_deadline_before_{};  // saves asking every rank after every event
