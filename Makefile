@@ -24,11 +24,14 @@ SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev clang-19 libclang-rt-19-dev ll
 TEST_PACKAGES := chromium chromium-driver
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
+# The CUDA toolkit: the machine's, or the wheels that the test extra installs
+CUDA_HOME ?= $(abspath $(shell ls -d /usr/local/cuda $(VENV)/lib/python3*/site-packages/nvidia/cu13 2>/dev/null | head -1))
+export CUDA_HOME
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-fuzz test-python test-serving test-examples
-.PHONY: gpu-test soak fuzz bench docs lint clean
+.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python
+.PHONY: test-examples test-serving gpu-test soak fuzz bench docs lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -81,7 +84,7 @@ serve: setup
 
 # --- test ---------------------------------------------------------------------------------------------------
 
-test: lint test-cpp test-sanitizers test-fuzz test-python test-examples test-serving
+test: lint test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python test-examples test-serving
 
 test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
@@ -111,7 +114,18 @@ test-cpp: setup
 
 test-sanitizers: setup
 	$(call cpp_tests,thread,-DEFA_EP_SANITIZE=thread)
-	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined)
+	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined -DEFA_EP_SIMT=ON)
+
+# The CUDA kernels on CPU fibers under ThreadSanitizer, each CUDA thread a thread to it, with random preemption.
+# clang's run time: gcc's takes ten times the memory. test-cpp and test-sanitizers run them plain and with addresses
+# checked.
+test-simt: setup
+	$(call cpp_tests,simt,-DCMAKE_CXX_COMPILER=clang++-19 -DEFA_EP_TESTS=OFF -DEFA_EP_SIMT=ON -DEFA_EP_SANITIZE=thread,SIMT_CHAOS=6)
+
+# Registers, spills and instructions of the kernels, on every architecture, where there is nvcc
+test-cuda-build: setup
+	@echo "== machine code of the CUDA kernels"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest -rs tests/machine_code
 
 comma := ,
 
