@@ -193,12 +193,16 @@ def build_generation(
     with ThreadPoolExecutor(len(own), "efa_ep_position") as threads:
         # Their memory is chosen here: torch's current GPU is this thread's.
         futures = [threads.submit(take, each, _memory(config, settings)) for each in keys]
-    errors = [error for future in futures if (error := future.exception()) is not None]
+    errors = list(filter(None, (future.exception() for future in futures)))
     if errors:
         for future in futures:
             if future.exception() is None:
                 future.result()[1].close()
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            # Its frames refer to memory that has to go, so it must not refer to itself through this one.
+            del errors, future, futures
     positions = [future.result() for future in futures]
     return Generation(config, keys[0], settings, membership, positions[0], positions[1:])
 

@@ -16,6 +16,7 @@ from oracle import Batch, check_combined, check_dispatched, compute_experts
 from vllm_efa_ep import AllToAllConfig, Dispatched
 from vllm_efa_ep.dispatched import OutputBuffers
 from vllm_efa_ep.placement import linear_placement, round_robin_placement
+from vllm_efa_ep.rank_memory import HostMemory
 
 ROOT = Path(__file__).parents[2]
 # Far above any round's virtual time: a world that stands still ends there, at once in real time.
@@ -207,7 +208,7 @@ class CheckedWorkload:
     def receive(self, rank: int, channel: int, _round_number: int, rows: int) -> tuple[int, ...]:
         """Return addresses for ``rows`` rows."""
         capacity = self.scene.size * self.scene.max_tokens
-        buffers = OutputBuffers(self.config, len(self.local_experts[rank]), capacity)
+        buffers = OutputBuffers(self.config, len(self.local_experts[rank]), capacity, HostMemory())
         if rows > buffers.room:
             buffers.grow(rows)
         self._received[rank, channel] = buffers.views(rows)
