@@ -124,7 +124,7 @@ def _share_memory(
             return (memory.create(layout.total_bytes), exchange), exchange.name.encode()
 
         (own, exchange), told = agree(bootstrap, "allocating memory", allocate)
-        names = [told[rank].decode() for rank in world.node_ranks]
+        names = [told[rank].decode(errors="replace") for rank in world.node_ranks]
 
         def map_peers() -> tuple[dict[int, Arena], bytes]:
             descriptors = exchange.exchange(own.descriptor, names, timeout_s)

@@ -28,10 +28,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from threading import Thread
+from typing import Any
 from weakref import WeakSet
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.errors import ConfigurationError, RankLostError
+from vllm_efa_ep.messages import integer, read_json
 from vllm_efa_ep.world import World, agree
 
 CheckWait = Callable[[str, int, str], None]
@@ -42,7 +44,8 @@ logger = logging.getLogger(__name__)
 # A rank that is gone, or the sender's own rank: it leaves, or that everybody is called off.
 _NEWS = struct.Struct("!I")
 _CALLED_OFF = 2**32 - 1
-_HELLO = struct.Struct("!16sI")
+_TOKEN_BYTES = 16
+_HELLO = struct.Struct(f"!{_TOKEN_BYTES}sI")
 _HELLO_SECONDS = 5.0
 # A host that does not answer is given up after 20 s: longer than networks pause, shorter than the deadline.
 _KEEP_ALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
@@ -197,6 +200,17 @@ class _Listener:
     port: int
     token: str
 
+    @classmethod
+    def of(cls, said: Any) -> "_Listener":
+        """Interpret what a rank says about its own."""
+        address, port, token = said
+        if not isinstance(address, str) or not isinstance(token, str):
+            raise TypeError("address and token are strings")
+        ip_address(address)
+        if len(bytes.fromhex(token)) != _TOKEN_BYTES:
+            raise ValueError(f"a token has {_TOKEN_BYTES} bytes")
+        return cls(address, integer(port, 1 << 16), token)
+
 
 def start_watch(world: World, bootstrap: Bootstrap, timeout_s: float) -> Watch:
     """Collective: connect this rank to its neighbours. Stand-ins have none: their processes are watched.
@@ -216,10 +230,14 @@ def start_watch(world: World, bootstrap: Bootstrap, timeout_s: float) -> Watch:
             if world.rank not in leaders.values():
                 return None, b""
             server = cleanup.enter_context(_listen_at(address))
-            return server, json.dumps([address, server.getsockname()[1], secrets.token_hex(16)]).encode()
+            return server, json.dumps(
+                [address, server.getsockname()[1], secrets.token_hex(_TOKEN_BYTES)]
+            ).encode()
 
         server, told = agree(bootstrap, "listening for the other ranks", listen)
-        listeners = {rank: _Listener(*json.loads(each)) for rank, each in enumerate(told) if each}
+        listeners = {
+            rank: read_json(each, f"rank {rank}", _Listener.of) for rank, each in enumerate(told) if each
+        }
         root = _root(listeners)
         leader_of = {member: leaders[world.host_of[member]] for member in world.members}
         parent_of = {rank: root if rank == leader else leader for rank, leader in leader_of.items()}

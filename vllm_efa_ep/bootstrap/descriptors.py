@@ -43,6 +43,11 @@ class DescriptorExchange:
                 while len(received) < self._size - 1:
                     index, peer_descriptor = self._receive(timeout_s)
                     on_error.callback(os.close, peer_descriptor)
+                    if index in received or index == self._index or index >= self._size:
+                        raise ConfigurationError(
+                            f"a process that calls itself local rank {index} of {self._size} connected to "
+                            f"{self.name}, where that one is not expected"
+                        )
                     received[index] = peer_descriptor
             except OSError as error:
                 missing = sorted(set(range(self._size)) - set(received) - {self._index})
