@@ -79,12 +79,14 @@ class Connection:
 
     def drain(self, timeout_s: float, check: CheckWait) -> None:
         """Wait until all own writes are complete, or ``check`` raises."""
+        self.memory.wait()
         if self.proxy is not None:
             self.proxy.drain(timeout_s, check)
 
     def close(self) -> None:
-        """Stop watching, then the proxy, then the fabric, then unmap."""
+        """Stop watching, then the device, the proxy, and the fabric, then unmap."""
         self.watch.close()
+        self.memory.stop()
         self.proxy = None
         self._fabric = None
         self.arenas = []
