@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
-from vllm_efa_ep.vllm_plugin import logger, seams
+from vllm_efa_ep.vllm_plugin import logger, ray_patches, seams
 from vllm_efa_ep.vllm_plugin.backend_names import (
     BACKEND_NAMES,
     HIGH_THROUGHPUT,
@@ -46,6 +46,7 @@ def apply() -> None:
         _extend_properties()
         _stand_in_for_known_backends()
         _wrap_communicator(communicator)
+        ray_patches.copy_settings()
     if chosen or failure:
         _wrap_engine_args(chosen, failure)
 
@@ -136,6 +137,8 @@ def _stand_in_for_known_backends() -> None:
         finally:
             if self.parallel_config.all2all_backend == _STAND_INS.get(name):
                 self.parallel_config.all2all_backend = name
+        if is_selected(self.parallel_config):
+            ray_patches.place_on_cpu_hosts(self.parallel_config)
 
     VllmConfig.__post_init__ = post_init
 

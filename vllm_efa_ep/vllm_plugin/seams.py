@@ -60,6 +60,7 @@ CONFIG_SEAMS = (
     Seam("vllm.engine.arg_utils", "_compute_kwargs.cache_clear"),
     Seam("vllm.engine.arg_utils", "EngineArgs.__init__", ("all2all_backend",)),
     Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",)),
+    Seam("vllm.ray.ray_env", "DEFAULT_ENV_VAR_PREFIXES"),
 )
 """Used by ``config_patches``, in every vLLM process."""
 
@@ -131,6 +132,13 @@ CPU_MOE_SEAMS = (
     Seam(f"{_MOE}.activation", "MoEActivation.SILU"),
 )
 """Used by ``moe_patches`` on the CPU platform."""
+
+CPU_RAY_SEAMS = (
+    Seam("vllm.platforms.interface", "Platform.ray_device_key"),
+    Seam("vllm.v1.executor.ray_executor", "RayDistributedExecutor._init_executor", ("self",)),
+    Seam("vllm.v1.executor.ray_executor", "RayWorkerWrapper"),
+)
+"""Used by ``cpu_ray_executor``."""
 
 
 def problems(seams: Iterable[Seam]) -> list[str]:
