@@ -98,7 +98,8 @@ def connect(
     fabric, proxy = None, None
     if world.nodes > 1:
         fabric, proxy = _join_fabric(world, arenas[world.index], layout, bootstrap, settings, timeout_s)
-    return Connection(arenas, world.index, fabric, proxy, start_watch(world, bootstrap, timeout_s))
+    watch = start_watch(world, bootstrap, timeout_s, settings.host_timeout_s)
+    return Connection(arenas, world.index, fabric, proxy, watch)
 
 
 def _share_memory(
@@ -108,13 +109,13 @@ def _share_memory(
 
         def allocate() -> tuple[tuple[_core.Arena, DescriptorExchange], bytes]:
             exchange = cleanup.enter_context(closing(DescriptorExchange(world.index, world.ranks_per_node)))
-            return (_core.Arena.create(layout.total_bytes), exchange), exchange.name.encode()
+            return (_core.Arena.create(layout.total_bytes), exchange), exchange.invitation.encode()
 
         (own, exchange), told = agree(bootstrap, "allocating memory", allocate)
-        names = [told[rank].decode() for rank in world.node_ranks]
+        invitations = [told[rank].decode() for rank in world.node_ranks]
 
         def map_peers() -> tuple[dict[int, _core.Arena], bytes]:
-            descriptors = exchange.exchange(own.descriptor, names, timeout_s)
+            descriptors = exchange.exchange(own.descriptor, invitations, timeout_s)
             for descriptor in descriptors.values():
                 cleanup.callback(os.close, descriptor)
             peers = {index: _core.Arena.map(each, layout.total_bytes) for index, each in descriptors.items()}

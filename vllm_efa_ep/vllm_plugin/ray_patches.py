@@ -10,7 +10,7 @@ SETTING_PREFIXES = ("EFA_EP_", "FI_")
 CPU_RESOURCE = "GPU"
 """What a worker takes of a CPU host: ``ray start --num-gpus N`` declares places for N ranks.
 
-vLLM asks Ray for the accelerator ids that belong to the resource, and Ray has those of real accelerators only.
+vLLM asks Ray for the accelerator ids of the resource, and Ray has ids of its own kinds of accelerators only.
 """
 
 
