@@ -8,11 +8,12 @@ files, shared memory and process ids; ``host_identity`` of the package tells the
 import contextlib
 import os
 import secrets
-import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
+
+import psutil
 
 INTERFACE = "eth0"
 _ENDED_SECONDS = 10.0
@@ -33,7 +34,7 @@ def why_impossible() -> str:
     return ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Host:
     """One namespace.
 
@@ -49,11 +50,18 @@ class Host:
     namespace: str
     address: str
     switch: str
-    _processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     def command(self, command: Sequence[str]) -> list[str]:
         """Return the command line that runs ``command`` inside."""
         return ["ip", "netns", "exec", self.namespace, *command]
+
+    def environment(self) -> dict[str, str]:
+        """Return by which address and interface gloo, vLLM and Ray shall know the host."""
+        return {
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "VLLM_HOST_IP": self.address,
+            "RAY_NODE_IP_ADDRESS": self.address,
+        }
 
     def cut(self) -> None:
         """Take the link down at the switch, as a pulled cable: no packet passes, and nobody is told."""
@@ -100,10 +108,13 @@ def _add_namespace(name: str, cleanup: contextlib.ExitStack) -> None:
 
 
 def _remove_namespace(name: str) -> None:
-    _ip("-n", name, "link", "set", "lo", "down")
+    """End what runs inside, whoever started it, then remove the namespace and its end of the cable."""
+    ended = []
     for process_id in map(int, _ip("netns", "pids", name).split()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process_id, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ended.append(psutil.Process(process_id))
+            ended[-1].kill()
+    psutil.wait_procs(ended, timeout=_ENDED_SECONDS)
     _ip("netns", "del", name)
 
 

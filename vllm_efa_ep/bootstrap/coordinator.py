@@ -93,7 +93,7 @@ class Coordinator:
             RankTimeoutError: Ranks did not come within ``timeout_s`` seconds.
 
         """
-        self._admit(ticket)
+        await self._admit(ticket)
         gathering = self._gatherings.setdefault(number, _Gathering())
         gathering.payloads[ticket.rank] = payload
         if len(gathering.payloads) == self._size:
@@ -120,31 +120,31 @@ class Coordinator:
 
     async def publish(self, ticket: Ticket, key: str, value: str) -> None:
         """Keep a value; replaces an earlier one."""
-        self._admit(ticket)
+        await self._admit(ticket)
         self._published[key] = value
 
     async def publish_once(self, ticket: Ticket, key: str, value: str) -> str:
         """Keep a value unless there is one; return the one that is kept."""
-        self._admit(ticket)
+        await self._admit(ticket)
         return self._published.setdefault(key, value)
 
     async def lookup(self, ticket: Ticket, key: str) -> str | None:
         """Return a kept value, if any."""
-        self._admit(ticket)
+        await self._admit(ticket)
         return self._published.get(key)
 
     async def renew(self, ticket: Ticket) -> None:
         """Say that the member lives, as every other call does, too."""
-        self._admit(ticket)
+        await self._admit(ticket)
 
     async def leave(self, ticket: Ticket) -> None:
         """Say that the member needs the coordinator no more."""
-        self._admit(ticket)
+        await self._admit(ticket)
         self._members[ticket.rank].left = True
         self._end_hopeless_gatherings()
         self._end_if_nobody_is_left()
 
-    def _admit(self, ticket: Ticket) -> None:
+    async def _admit(self, ticket: Ticket) -> None:
         # Digests, so that nobody who reads the arguments of Ray's actors learns the token.
         if not is_member(digest_of(ticket.token), self._token_digest):
             logger.warning("EFA EP: run %s refused %s: it is not a member", self._name, ticket.name)
@@ -157,19 +157,26 @@ class Coordinator:
                 f"{ticket.name} claims rank {ticket.rank} of run {self._name}; ranks are 0 to "
                 f"{self._size - 1}"
             )
-        now = time.monotonic()
-        known = self._members.get(ticket.rank)
-        if known is None or (known.ticket.member != ticket.member and self._is_gone(known, now)):
-            self._members[ticket.rank] = _Member(ticket, now)
-        elif known.ticket.member == ticket.member:
-            known.heard_at = now
-        else:
-            raise ConfigurationError(
-                f"{known.ticket.name} and {ticket.name} both claim rank {ticket.rank} of run {self._name}; "
-                "give every process its own rank"
-            )
+        await self._succeed(ticket)
+        self._members[ticket.rank].heard_at = time.monotonic()
         if self._supervision is None:
             self._supervision = asyncio.get_running_loop().create_task(self._supervise())
+
+    async def _succeed(self, ticket: Ticket) -> None:
+        """Make the caller its rank's member. A process that was it before must be gone: wait for a sign."""
+        while (known := self._members.get(ticket.rank)) is not None:
+            if known.ticket.member == ticket.member:
+                return
+            if self._is_gone(known, time.monotonic()):
+                break
+            heard_at = known.heard_at
+            await asyncio.sleep(self._lease_s / 4)
+            if known.heard_at != heard_at:
+                raise ConfigurationError(
+                    f"{known.ticket.name} and {ticket.name} both claim rank {ticket.rank} of run "
+                    f"{self._name}; give every process its own rank"
+                )
+        self._members[ticket.rank] = _Member(ticket, time.monotonic())
 
     def _is_gone(self, member: _Member, now: float) -> bool:
         return member.left or now - member.heard_at > self._lease_s

@@ -188,13 +188,18 @@ class _CoordinatorActor(Coordinator):
         """Answer once the actor has started."""
 
 
+def namespace(run: Run) -> str:
+    """Return Ray's namespace for the actors of a run."""
+    return f"vllm_efa_ep/{run.name}"
+
+
 def _coordinator(run: Run, world_size: int, lease_s: float) -> Any:
     """Return the run's coordinator; whoever comes first creates it."""
     handle: Any = (
         ray.remote(_CoordinatorActor)
         .options(
             name="coordinator",
-            namespace=f"vllm_efa_ep/{run.name}",
+            namespace=namespace(run),
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,

@@ -1,21 +1,26 @@
 """The hosts of a Ray cluster: what each of them has, and ranks placed on them."""
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from vllm_efa_ep.bootstrap.coordinator import digest_of
 from vllm_efa_ep.bootstrap.inventory import Inventory, take_inventory
-from vllm_efa_ep.bootstrap.membership import Run
-from vllm_efa_ep.bootstrap.ray import START_S, RayBootstrap
-from vllm_efa_ep.errors import ConfigurationError, EfaEpError
+from vllm_efa_ep.bootstrap.membership import Run, is_member
+from vllm_efa_ep.bootstrap.ray import START_S, RayBootstrap, namespace
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError, MembershipError
 
 _SETTING_PREFIXES = ("EFA_EP_", "FI_")
 _INVENTORY_SECONDS = 60.0
+_KEEP_RESULT_S = 3600.0
 _Result = TypeVar("_Result")
 
 
@@ -105,61 +110,155 @@ def run_on_ray(
 
     Raises:
         ConfigurationError: The cluster has too few GPUs.
-        EfaEpError: A rank failed or did not end in time; the message names it and its host, and the others
-            have been ended.
+        EfaEpError: A rank failed or did not end in time; the message names it, and the others have been
+            ended.
 
     """
-    variables = {name: value for name, value in os.environ.items() if name.startswith(_SETTING_PREFIXES)}
-    run = Run.new()
-    places = _places(world_size, gpus_per_rank)
-    ranks: list[Any] = [
-        ray.remote(_Rank)
-        .options(
-            num_cpus=0,
-            num_gpus=gpus_per_rank,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(host.node_id, soft=False),
-            runtime_env={"env_vars": {**variables, **(environment or {})}},
-        )
-        .remote()
-        for host in places
-    ]
+    ranks = RayRanks.start(
+        *(Run.new(), world_size, function, arguments),
+        gpus_per_rank=gpus_per_rank,
+        start_timeout_s=start_timeout_s,
+        environment=environment,
+    )
     try:
-        answers = {
-            each.run.remote(run, rank, world_size, start_timeout_s, function, tuple(arguments)): rank
-            for rank, each in enumerate(ranks)
-        }
-        results: dict[int, _Result] = {}
-        waiting = list(answers)
-        while waiting:
-            done, waiting = ray.wait(waiting, timeout=timeout_s)
-            if not done:
-                late = sorted(answers[each] for each in waiting)
-                raise EfaEpError(f"ranks {late} did not end within {timeout_s:g} s")
-            for answer in done:
-                rank = answers[answer]
-                results[rank] = _result(f"rank {rank} on {places[rank].address}", answer)
-        return [results[rank] for rank in range(world_size)]
+        return ranks.results(timeout_s)
     finally:
-        for each in ranks:
-            ray.kill(each)
+        ranks.end()
+
+
+class RayRanks:
+    """The ranks of a run, as actors that outlive the driver that started them.
+
+    A driver that keeps the ``Run`` somewhere safe can be restarted: ``attach`` finds the ranks at work.
+    """
+
+    def __init__(self, run: Run, actors: Sequence[Any]) -> None:
+        """Take over one actor per rank; use ``start`` or ``attach``."""
+        self.run = run
+        self._actors = actors
+
+    @classmethod
+    def start(
+        cls,
+        run: Run,
+        world_size: int,
+        function: Callable[..., Any],
+        arguments: Sequence[Any] = (),
+        *,
+        gpus_per_rank: int = 0,
+        start_timeout_s: float = START_S,
+        environment: Mapping[str, str] | None = None,
+    ) -> "RayRanks":
+        """Start the ranks of a run; the arguments are those of ``run_on_ray``."""
+        settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTING_PREFIXES)}
+        actors = [
+            ray.remote(_Rank)
+            .options(
+                name=_name(rank),
+                namespace=namespace(run),
+                lifetime="detached",
+                max_concurrency=2,
+                num_cpus=0,
+                num_gpus=gpus_per_rank,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(host.node_id, soft=False),
+                runtime_env={"env_vars": {**settings, **(environment or {})}},
+            )
+            .remote(digest_of(run.token))
+            for rank, host in enumerate(_places(world_size, gpus_per_rank))
+        ]
+        actor: Any
+        # Waited for: a call on its way to an actor dies with the driver.
+        begun = {
+            actor.begin.remote(run, rank, world_size, start_timeout_s, function, tuple(arguments)): rank
+            for rank, actor in enumerate(actors)
+        }
+        done, late = ray.wait(list(begun), num_returns=len(begun), timeout=start_timeout_s)
+        if late:
+            unplaced = sorted(begun[answer] for answer in late)
+            raise EfaEpError(
+                f"Ray did not start ranks {unplaced} within {start_timeout_s:g} s; see `ray status`"
+            )
+        for answer in done:
+            _result(f"the start of rank {begun[answer]}", answer)
+        return cls(run, actors)
+
+    @classmethod
+    def attach(cls, run: Run, world_size: int) -> "RayRanks":
+        """Return the ranks that another driver has started.
+
+        Raises:
+            ConfigurationError: There are none, or they have ended.
+
+        """
+        try:
+            actors = [ray.get_actor(_name(rank), namespace(run)) for rank in range(world_size)]
+        except ValueError as error:
+            raise ConfigurationError(f"run {run.name} has no {world_size} ranks on this cluster") from error
+        return cls(run, actors)
+
+    def results(self, timeout_s: float | None = None) -> list[Any]:
+        """Wait for all ranks and return their results; the first failure ends the wait.
+
+        Raises:
+            EfaEpError: A rank failed or did not end in time; the message names it.
+
+        """
+        answers = {actor.result.remote(self.run.token): rank for rank, actor in enumerate(self._actors)}
+        results: dict[int, Any] = {}
+        while waiting := [answer for answer, rank in answers.items() if rank not in results]:
+            done, late = ray.wait(waiting, timeout=timeout_s)
+            if not done:
+                unfinished = sorted(answers[answer] for answer in late)
+                raise EfaEpError(f"ranks {unfinished} did not end within {timeout_s:g} s")
+            for answer in done:
+                results[answers[answer]] = _result(f"rank {answers[answer]}", answer)
+        return [results[rank] for rank in range(len(self._actors))]
+
+    def end(self) -> None:
+        """End the ranks, whatever they do."""
+        for actor in self._actors:
+            ray.kill(actor)
 
 
 class _Rank:
-    """One rank's process."""
+    """One rank's process: works in a thread, and hands the result to members of the run."""
 
-    def run(
+    def __init__(self, token_digest: bytes) -> None:
+        self._token_digest = token_digest
+        self._outcome: Future[Any] = Future()
+
+    def begin(self, *work: Any) -> None:
+        Thread(target=self._work, args=work, name="efa_ep_rank", daemon=True).start()
+
+    def _work(
         self,
         run: Run,
         rank: int,
         world_size: int,
         timeout_s: float,
-        function: Callable[..., _Result],
+        function: Callable[..., Any],
         arguments: tuple[Any, ...],
-    ) -> _Result:
-        bootstrap = RayBootstrap(run, rank, world_size, timeout_s=timeout_s)
-        result = function(bootstrap, *arguments)
-        bootstrap.close()
-        return result
+    ) -> None:
+        try:
+            bootstrap = RayBootstrap(run, rank, world_size, timeout_s=timeout_s)
+            result = function(bootstrap, *arguments)
+            bootstrap.close()
+        except Exception as error:  # handed to the driver, whatever it is
+            self._outcome.set_exception(error)
+        else:
+            self._outcome.set_result(result)
+        # The driver that takes the result ends this process; without one, nobody else would.
+        time.sleep(_KEEP_RESULT_S)
+        os._exit(0)
+
+    def result(self, token: bytes) -> Any:
+        if not is_member(digest_of(token), self._token_digest):
+            raise MembershipError("the result of a rank is for members of its run; pass the run's token")
+        return self._outcome.result()
+
+
+def _name(rank: int) -> str:
+    return f"rank {rank}"
 
 
 def _places(world_size: int, gpus_per_rank: int) -> list[RayHost]:
