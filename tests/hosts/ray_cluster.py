@@ -31,7 +31,7 @@ class RayCluster:
     settings: Mapping[str, str]
     directory: Path
 
-    def start_node(self, host: Host) -> "subprocess.Popen[bytes]":
+    def start_node(self, host: Host) -> None:
         """Run ``ray start`` on a host, with one place for a rank; two CPUs are what vLLM's engine needs."""
         resources = ["--num-cpus", "2", "--num-gpus", "1", "--object-store-memory", "80000000"]
         role = (
@@ -41,12 +41,17 @@ class RayCluster:
         )
         ray = str(Path(sys.executable).with_name("ray"))
         command = [ray, "start", "--disable-usage-stats", "--node-ip-address", host.address]
-        return subprocess.Popen(
-            host.command([*command, *resources, *role]),
-            env=environment_on(host, self.settings),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        # To a file: Ray's daemons inherit the output, so a pipe would never end.
+        log = self.directory / f"start-{host.index}.log"
+        with log.open("wb") as output:
+            status = subprocess.run(
+                host.command([*command, *resources, *role]),
+                env=environment_on(host, self.settings),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=START_SECONDS,
+            ).returncode
+        assert status == 0, log.read_text(errors="replace")
 
     def driver(self, log: Path, *arguments: str) -> Program:
         """Start ``ray_driver.py`` on the first host."""
@@ -64,17 +69,11 @@ def ray_cluster(hosts: Sequence[Host], settings: Mapping[str, str] | None = None
             "RAY_ADDRESS": f"{hosts[0].address}:{PORT}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_DEDUP_LOGS": "0",
+            "SHARED_DIRECTORY": directory,
             **(settings or {}),
         }
         cluster = RayCluster(hosts, environment, Path(directory))
-        wait_for_nodes([cluster.start_node(hosts[0])])
-        wait_for_nodes([cluster.start_node(host) for host in hosts[1:]])
+        # One after the other: nodes share this machine's files, and started at once they hinder each other.
+        for host in hosts:
+            cluster.start_node(host)
         yield cluster
-
-
-def wait_for_nodes(starting: Sequence["subprocess.Popen[bytes]"]) -> None:
-    """Wait until ``ray start`` has returned everywhere."""
-    for each in starting:
-        # Ray's daemons inherit the pipe, so its end does not come.
-        assert each.wait(START_SECONDS) == 0, each.stdout.read1() if each.stdout else ""  # type: ignore[attr-defined]

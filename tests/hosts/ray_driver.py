@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -39,16 +40,24 @@ def die(bootstrap: Bootstrap) -> None:
 
 def start(run: Run, size: int) -> None:
     """Start ranks and never look at them again."""
-    RayRanks.start(run, size, rounds_and_keys, start_timeout_s=_SECONDS)
+    RayRanks.start(run, size, rounds_and_keys, (_go(run),), start_timeout_s=_SECONDS)
     say("started", True)
     time.sleep(_SECONDS)
 
 
-def rounds_and_keys(bootstrap: Bootstrap) -> Any:
+def _go(run: Run) -> str:
+    """Name the file, in the directory that the hosts share, at whose appearance the ranks go on."""
+    return str(Path(os.environ["SHARED_DIRECTORY"], run.name))
+
+
+def rounds_and_keys(bootstrap: Bootstrap, go: str) -> Any:
     """Rounds, and what the ranks tell each other through the coordinator, which a stranger tries to forge."""
     bootstrap.publish(f"key {bootstrap.rank}", str(bootstrap.rank))
     winner = bootstrap.publish_once("winner", str(bootstrap.rank))
     result = rounds(bootstrap)
+    deadline = time.monotonic() + _SECONDS
+    while not Path(go).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     bootstrap.all_gather(b"the keys are there")
     keys = [bootstrap.lookup(f"key {rank}") for rank in range(bootstrap.world_size)]
     return result | {"keys": keys, "winner": winner}
@@ -81,6 +90,7 @@ def restart(run: Run, size: int) -> None:
         except MembershipError as error:
             refused[door] = str(error)
     say("refused", refused)
+    Path(_go(run)).touch()
     ranks = RayRanks.attach(run, size)
     say("result", ranks.results(_SECONDS))
     ranks.end()

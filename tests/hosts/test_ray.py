@@ -9,24 +9,23 @@ from ray_cluster import RayCluster, ray_cluster
 
 from vllm_efa_ep.bootstrap.membership import Run
 
-_HOSTS = 4
 
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
-    """Four hosts with Ray on each."""
-    with hosts(_HOSTS) as machines, ray_cluster(machines, {"EFA_EP_PROVIDER": "tcp"}) as running:
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
+def cluster(request: pytest.FixtureRequest) -> Iterator[RayCluster]:
+    """Hosts with Ray on each."""
+    with hosts(request.param) as machines, ray_cluster(machines, {"EFA_EP_PROVIDER": "tcp"}) as running:
         yield running
 
 
-def test_rounds_on_four_hosts(cluster: RayCluster, tmp_path: Path) -> None:
+def test_rounds_on_hosts(cluster: RayCluster, tmp_path: Path) -> None:
     """One rank per host, in the order of the hosts; and a rank that dies at the start is named."""
-    with cluster.driver(tmp_path / "log", "play", "", "", str(_HOSTS)) as driver:
+    count = len(cluster.hosts)
+    with cluster.driver(tmp_path / "log", "play", "", "", str(count)) as driver:
         assert sorted(driver.hear("hosts")) == [host.address for host in cluster.hosts]
         results = driver.hear("result")
-        assert [each["rank"] for each in results] == list(range(_HOSTS))
-        assert len({each["namespace"] for each in results}) == _HOSTS
-        assert all(each["nodes"] == _HOSTS and each["network_rows"] > 0 for each in results)
+        assert [each["rank"] for each in results] == list(range(count))
+        assert len({each["namespace"] for each in results}) == count
+        assert all(each["nodes"] == count and each["network_rows"] > 0 for each in results)
         assert "rank 1" in driver.hear("error")
 
 

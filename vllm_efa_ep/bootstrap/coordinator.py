@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 LEASE_S = 60.0
 """A member that has not been heard of for so long, in seconds, is gone."""
 
+_FAREWELL_S = 1.0
+
 
 @dataclass(frozen=True)
 class Ticket:
@@ -142,7 +144,8 @@ class Coordinator:
         await self._admit(ticket)
         self._members[ticket.rank].left = True
         self._end_hopeless_gatherings()
-        self._end_if_nobody_is_left()
+        # After the answer, which would not arrive otherwise.
+        asyncio.get_running_loop().call_later(_FAREWELL_S, self._end_if_nobody_is_left)
 
     async def _admit(self, ticket: Ticket) -> None:
         # Digests, so that nobody who reads the arguments of Ray's actors learns the token.

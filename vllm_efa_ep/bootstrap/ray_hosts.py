@@ -151,7 +151,7 @@ class RayRanks:
     ) -> "RayRanks":
         """Start the ranks of a run; the arguments are those of ``run_on_ray``."""
         settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTING_PREFIXES)}
-        actors = [
+        actors: list[Any] = [
             ray.remote(_Rank)
             .options(
                 name=_name(rank),
@@ -166,7 +166,6 @@ class RayRanks:
             .remote(digest_of(run.token))
             for rank, host in enumerate(_places(world_size, gpus_per_rank))
         ]
-        actor: Any
         # Waited for: a call on its way to an actor dies with the driver.
         begun = {
             actor.begin.remote(run, rank, world_size, start_timeout_s, function, tuple(arguments)): rank
