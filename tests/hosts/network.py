@@ -71,6 +71,10 @@ class Host:
         """Undo ``cut``."""
         _ip("-n", self.switch, "link", "set", f"port{self.index}", "up")
 
+    def kill_processes(self) -> None:
+        """End everything that runs on the host."""
+        _kill_processes(self.namespace)
+
     def process_ids(self) -> list[int]:
         """Return the processes that live in the namespace."""
         return [int(each) for each in _ip("netns", "pids", self.namespace).split()]
@@ -109,13 +113,17 @@ def _add_namespace(name: str, cleanup: contextlib.ExitStack) -> None:
 
 def _remove_namespace(name: str) -> None:
     """End what runs inside, whoever started it, then remove the namespace and its end of the cable."""
+    _kill_processes(name)
+    _ip("netns", "del", name)
+
+
+def _kill_processes(namespace: str) -> None:
     ended = []
-    for process_id in map(int, _ip("netns", "pids", name).split()):
+    for process_id in map(int, _ip("netns", "pids", namespace).split()):
         with contextlib.suppress(psutil.NoSuchProcess):
             ended.append(psutil.Process(process_id))
             ended[-1].kill()
     psutil.wait_procs(ended, timeout=_ENDED_SECONDS)
-    _ip("netns", "del", name)
 
 
 def _ip(*arguments: str) -> str:

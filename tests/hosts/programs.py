@@ -59,9 +59,12 @@ class Program:
                 why = (
                     f"ended with {self.process.returncode}" if ended else f"said nothing for {deadline_s:g} s"
                 )
-                text = self._log.read_text(errors="replace")[-6000:]
-                raise AssertionError(f"waited for {name!r}, but the program {why}\n{text}")
+                raise AssertionError(f"waited for {name!r}, but the program {why}\n{self.log_tail()}")
             time.sleep(_POLL_SECONDS)
+
+    def log_tail(self) -> str:
+        """Return the end of what it wrote."""
+        return self._log.read_text(errors="replace")[-6000:]
 
     def _new_lines(self) -> Iterator[str]:
         with self._log.open(errors="replace") as log:

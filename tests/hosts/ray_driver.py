@@ -96,6 +96,18 @@ def restart(run: Run, size: int) -> None:
     ranks.end()
 
 
+def wait_for_nodes(_: Run, size: int) -> None:
+    """Wait until the cluster has exactly ``size`` nodes, each at an address of its own."""
+    deadline = time.monotonic() + _SECONDS
+    while True:
+        addresses = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+        if len(addresses) == len(set(addresses)) == size:
+            break
+        assert time.monotonic() < deadline, addresses
+        time.sleep(0.1)
+    say("nodes", addresses)
+
+
 def say(name: str, value: Any) -> None:
     """Let the test know."""
     print(json.dumps({name: value}), flush=True)
@@ -105,7 +117,8 @@ def main() -> None:
     """Connect to the cluster and do what the command line says."""
     what, name, token, size = sys.argv[1:]
     ray.init(log_to_driver=False)
-    {"play": play, "start": start, "restart": restart}[what](Run(name, bytes.fromhex(token)), int(size))
+    what_to_do = {each.__name__: each for each in (play, start, restart, wait_for_nodes)}[what]
+    what_to_do(Run(name, bytes.fromhex(token)), int(size))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
         if config not in self._all_to_alls:
             with one_line_per_error():
                 bootstrap = choose_bootstrap(self.cpu_group, self._settings)
+                logger.info("EFA EP: the ranks meet over %s", type(bootstrap).__name__)
                 self._all_to_alls[config] = AllToAll(config, bootstrap, self._settings)
             self._log_start(self._all_to_alls[config])
         return self._all_to_alls[config]
