@@ -15,13 +15,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 BUILD := build
-SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev
+SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev iproute2
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-python test-serving bench lint clean
+.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-python test-hosts test-serving bench lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -67,7 +67,7 @@ serve: setup
 
 # --- test ---------------------------------------------------------------------------------------------------
 
-test: lint test-cpp test-sanitizers test-python test-serving
+test: lint test-cpp test-sanitizers test-python test-hosts test-serving
 
 test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
@@ -99,6 +99,11 @@ comma := ,
 test-python: test-cpp
 	@echo "== Python tests"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python tests/vllm_seams $(PYTEST_MARKERS)
+
+# Network namespaces as hosts: skipped where nobody is root
+test-hosts: setup
+	@echo "== tests on several hosts"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/hosts $(PYTEST_MARKERS)
 
 test-serving: test-cpp
 	@echo "== vllm serve tests"

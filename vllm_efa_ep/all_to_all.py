@@ -8,42 +8,29 @@ halves return at once, so the caller can compute between the halves while data f
     dispatched = a2a.dispatch_recv(handle)
     a2a.combine_send(experts(dispatched.x, ...), handle)
     out = a2a.combine_recv(handle)
+
+When a rank is lost, a half raises ``RankLostError`` or ``RankTimeoutError`` on every other rank. They call
+``mask()`` and go on without it; ``rejoin()`` lets it in again (docs/rank_loss.md).
 """
 
-import logging
-from collections.abc import Callable
 from dataclasses import asdict
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
-from vllm_efa_ep import __version__, _core
-from vllm_efa_ep.all_to_all_config import COMBINE_TYPES, AllToAllConfig
-from vllm_efa_ep.arena_views import activations, results
+from vllm_efa_ep import __version__
+from vllm_efa_ep.all_to_all_config import AllToAllConfig
 from vllm_efa_ep.argument_checks import check, checked
 from vllm_efa_ep.bootstrap import Bootstrap
-from vllm_efa_ep.closing import wait_for_all
 from vllm_efa_ep.config import Settings
-from vllm_efa_ep.connection import Connection, connect
-from vllm_efa_ep.diagnosis import explain
 from vllm_efa_ep.dispatched import Dispatched, OutputBuffers
-from vllm_efa_ep.errors import (
-    ConfigurationError,
-    EfaEpError,
-    RankLostError,
-    RankTimeoutError,
-    TransportError,
-)
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError
+from vllm_efa_ep.generation import Generation
 from vllm_efa_ep.memory_plan import MemoryPlan
 from vllm_efa_ep.placement import experts_of
+from vllm_efa_ep.recovery import Generations
 from vllm_efa_ep.stats import Stats
-from vllm_efa_ep.world import join_world
-
-logger = logging.getLogger(__name__)
-
-# Part of the deadline kept for finding out which rank is at fault.
-_DIAGNOSIS_SHARE = 0.1
 
 __all__ = ["AllToAll", "AllToAllConfig", "Dispatched", "Handle"]
 
@@ -53,14 +40,16 @@ class Handle(NamedTuple):
 
     Attributes:
         channel: The channel it runs on.
-        round: Its number on that channel, from 1.
+        round: Its number on that channel, from 1 in each generation.
         tokens: Tokens this rank dispatched; T below.
+        generation: The generation it belongs to; a round does not outlive it.
 
     """
 
     channel: int
     round: int
     tokens: int
+    generation: int
 
 
 class AllToAll:
@@ -72,7 +61,11 @@ class AllToAll:
     """
 
     def __init__(
-        self, config: AllToAllConfig, bootstrap: Bootstrap, settings: Settings | None = None
+        self,
+        config: AllToAllConfig,
+        bootstrap: Bootstrap,
+        settings: Settings | None = None,
+        returning: bool = False,
     ) -> None:
         """Collective: agree with all ranks, allocate, connect.
 
@@ -80,43 +73,24 @@ class AllToAll:
             config: Equal on all ranks.
             bootstrap: Connects the ranks until the fabric does.
             settings: Default: read from the environment.
+            returning: This process takes the place of a rank that was lost: wait until the others let it in
+                with ``rejoin()``, at most ``EFA_EP_TIMEOUT_S``.
 
         Raises:
             ConfigurationError: A value is out of bounds or ranks disagree; nothing was started.
             FabricUnavailableError: No usable libfabric or provider.
+            RankTimeoutError: Nobody let the returning rank in.
 
         """
         settings = settings if settings is not None else Settings.from_environment()
         self.config = config
-        self._bootstrap = bootstrap
-        self._settings = settings
-        self._failure: EfaEpError | None = None
-        self.world = join_world(bootstrap, _must_agree(config, settings), settings.ranks_per_node)
-        config.check(self.world.size, self.world.ranks_per_node)
-        placement = config.placement(self.world.size)
-        self.local_experts = experts_of(placement, self.world.rank)
-        layout = config.core_layout(self.world.size, self.world.ranks_per_node)
-        self._plan = MemoryPlan.of(layout)
-        timeout_s = settings.timeout_s * (1 - _DIAGNOSIS_SHARE)
-        self._connection: Connection | None = connect(self.world, layout, bootstrap, settings, timeout_s)
-        self._device: _core.CpuDevice | None = _core.CpuDevice(
-            layout=layout,
-            rank=self.world.rank,
-            expert_owner=placement,
-            combine_type=COMBINE_TYPES[config.combine_dtype],
-            per_expert=config.layout == "per_expert",
-            timeout_s=timeout_s,
-            arenas=self._connection.arenas,
-            proxy=self._connection.proxy,
-            check_wait=self._connection.watch.check,
-        )
-        self._rounds = [0] * config.channels
-        arena = self._connection.arena
-        channels = range(config.channels)
-        self._activations = [activations(arena, layout, channel, config) for channel in channels]
-        self._results = [results(arena, layout, channel, config) for channel in channels]
+        self._generations = Generations(config, bootstrap, settings, _must_agree(config, settings), returning)
+        self.world = self._generations.current().world
+        self.local_experts = experts_of(config.placement(self.world.size), self.world.rank)
+        self._plan = config.memory_plan(self.world.size, self.world.ranks_per_node)
         self._buffers = [
-            OutputBuffers(config, len(self.local_experts), self.expert_capacity) for _ in self._rounds
+            OutputBuffers(config, len(self.local_experts), self.expert_capacity)
+            for _ in range(config.channels)
         ]
 
     @property
@@ -126,7 +100,7 @@ class AllToAll:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """Number of ranks, lost ones included; it never changes."""
         return self.world.size
 
     @property
@@ -147,8 +121,7 @@ class AllToAll:
             ``dispatch_send`` as ``x``; from then on they must stay untouched until ``combine_recv``.
 
         """
-        self._check_channel(channel)
-        return self._activations[channel]
+        return self._on(channel).activations[channel]
 
     def expert_output(self, handle: Handle) -> torch.Tensor:
         """Return memory that other ranks read: experts that write their output here save a copy of every row.
@@ -162,12 +135,12 @@ class AllToAll:
             ConfigurationError: The layout is per_expert: its outputs are summed, so they need another place.
 
         """
-        self._check_handle(handle)
+        generation = self._in_flight(handle)
         if self.config.layout == "per_expert":
             raise ConfigurationError(
                 "expert_output() is for layout per_token; in per_expert, experts use tensors of their own"
             )
-        return self._results[handle.channel][: self._buffers[handle.channel].rows]
+        return generation.results[handle.channel][: self._buffers[handle.channel].rows]
 
     def dispatch_send(
         self,
@@ -183,7 +156,8 @@ class AllToAll:
 
         Args:
             x: ``[T, columns]`` of ``config.dtype``.
-            topk_ids: int32 or int64 ``[T, K]`` global expert ids; -1 drops a slot.
+            topk_ids: int32 or int64 ``[T, K]`` global expert ids; -1 drops a slot. So does an expert whose
+                rank is lost; it is counted (``Stats.dropped_slots``), and no other weight changes.
             topk_weights: float32 ``[T, K]``.
             scales: float32 ``[T, S]`` if the configuration has scales.
             channel: Which channel the round uses.
@@ -192,11 +166,11 @@ class AllToAll:
             ConfigurationError: Too many tokens, an id out of range, a wrong shape or dtype; nothing was sent.
 
         """
-        self._check_channel(channel)
+        generation = self._on(channel)
         tokens = x.shape[0] if x.ndim > 0 else 0
         config = self.config
         check("x", x, (tokens, config.columns), (config.dtype,))
-        if x.stride() != self._activations[channel].stride():  # rows elsewhere must lie side by side
+        if x.stride() != generation.activations[channel].stride():  # rows elsewhere must lie side by side
             x = x.contiguous()
         topk_ids = checked("topk_ids", topk_ids, (tokens, config.top_k), (torch.int32, torch.int64))
         topk_weights = checked("topk_weights", topk_weights, (tokens, config.top_k), (torch.float32,))
@@ -207,7 +181,7 @@ class AllToAll:
             )
         if scales is not None:
             scales = checked("scales", scales, (tokens, config.scale_columns), (torch.float32,))
-        self._call(
+        generation.call(
             lambda device: device.dispatch_send(
                 channel,
                 x.data_ptr(),
@@ -219,8 +193,7 @@ class AllToAll:
                 tokens,
             )
         )
-        self._rounds[channel] += 1
-        return Handle(channel, self._rounds[channel], tokens)
+        return Handle(channel, generation.start_round(channel), tokens, generation.membership.generation)
 
     def dispatch_recv(self, handle: Handle) -> Dispatched:
         """Wait for all rows for this rank's experts.
@@ -231,14 +204,14 @@ class AllToAll:
             TransportError: The network failed.
 
         """
-        self._check_handle(handle)
+        generation = self._in_flight(handle)
         buffers = self._buffers[handle.channel]
-        rows = self._call(
+        rows = generation.call(
             lambda device: device.dispatch_recv(handle.channel, buffers.room, *buffers.addresses)
         )
         if rows > buffers.room:
             buffers.grow(rows)
-            self._call(lambda device: device.dispatch_pack(handle.channel, *buffers.addresses))
+            generation.call(lambda device: device.dispatch_pack(handle.channel, *buffers.addresses))
         return buffers.views(rows)
 
     def combine_send(
@@ -258,7 +231,7 @@ class AllToAll:
                 where it must be, no otherwise.
 
         """
-        self._check_handle(handle)
+        generation = self._in_flight(handle)
         config = self.config
         rows = self._buffers[handle.channel].rows
         per_slot = config.layout == "per_token" and expert_output.ndim == 3
@@ -275,7 +248,7 @@ class AllToAll:
             )
         expert_output = checked("expert_output", expert_output, shape, (config.combine_dtype,))
         applied = summed if weights_applied is None else weights_applied
-        self._call(
+        generation.call(
             lambda device: device.combine_send(handle.channel, expert_output.data_ptr(), per_slot, applied)
         )
 
@@ -293,7 +266,7 @@ class AllToAll:
             TransportError: The network failed.
 
         """
-        self._check_handle(handle)
+        generation = self._in_flight(handle)
         shape = (handle.tokens, self.config.hidden_size)
         if out is None:
             out = torch.empty(shape, dtype=self.config.combine_dtype)
@@ -302,7 +275,7 @@ class AllToAll:
                 "out must be contiguous, since it is written in place; pass out.contiguous()"
             )
         address = out.data_ptr()
-        self._call(lambda device: device.combine_recv(handle.channel, address))
+        generation.call(lambda device: device.combine_recv(handle.channel, address))
         return out
 
     def dispatch(
@@ -328,14 +301,61 @@ class AllToAll:
         self.combine_send(expert_output, handle, weights_applied)
         return self.combine_recv(handle, out)
 
+    def active_ranks(self) -> tuple[int, ...]:
+        """Return the live ranks, ascending: those that the last mask agreed on."""
+        return self._generations.current().membership.members
+
+    @property
+    def incarnation(self) -> int:
+        """How often this rank has come back: 0 for the process that was there at the start."""
+        return self._generations.current().membership.incarnations[self.rank]
+
+    def mask(self) -> tuple[int, ...]:
+        """Collective among the survivors: agree on the live ranks, and go on without the others.
+
+        To be called after a half raised ``RankLostError``, ``RankTimeoutError`` or ``TransportError``, or at
+        any other time; it ends the waits of all ranks, who call it then, too. Rounds in flight are lost on
+        all ranks, and so are views of ``activations()`` and ``expert_output()``: ask for new ones. It takes
+        as long as connecting does; longer, by ``EFA_EP_MASK_WINDOW_S`` at most, if a rank is silent without
+        being dead.
+
+        Returns:
+            The live ranks, ascending.
+
+        Raises:
+            RankExcludedError: The others went on without this rank: ``rejoin()``, or end.
+            EfaEpError: The bootstrap does not answer, or every new world failed at its start.
+
+        """
+        self._generations.mask()
+        return self.active_ranks()
+
+    def rejoin(self) -> tuple[int, ...]:
+        """Collective between two rounds: let ranks in that came back; an excluded rank comes back itself.
+
+        Without a lost rank it returns at once, and while nobody waits it asks the bootstrap one question. All
+        live ranks call it between the same two rounds. A rank that was excluded waits for their call.
+
+        Returns:
+            The live ranks, ascending.
+
+        Raises:
+            RankTimeoutError: Nobody let this excluded rank in within ``EFA_EP_TIMEOUT_S``.
+            EfaEpError: As for ``mask``.
+
+        """
+        self._generations.rejoin()
+        return self.active_ranks()
+
     def memory_plan(self) -> MemoryPlan:
-        """Return what this instance allocated."""
+        """Return what this instance allocated. Each stand-in for a lost rank takes as much again."""
         return self._plan
 
     def stats(self) -> Stats:
-        """Return the totals so far."""
-        connection, device = self._alive()
-        description = connection.description
+        """Return the totals so far, those of earlier generations included."""
+        generation = self._generations.working()
+        description = generation.connection.description
+        totals = self._generations.totals()
         return Stats(
             rank=self.world.rank,
             world_size=self.world.size,
@@ -344,11 +364,13 @@ class AllToAll:
             fabric=description.fabric,
             library=description.library,
             nics=description.nics,
-            huge_pages=connection.arena.huge_pages,
-            half_seconds=device.half_seconds(),
-            wait_seconds=device.wait_seconds(),
-            **device.counters(),
-            **connection.counters(),
+            huge_pages=generation.connection.arena.huge_pages,
+            generation=generation.membership.generation,
+            live_ranks=len(generation.membership.members),
+            stand_ins=len(generation.stand_ins),
+            half_seconds=totals.half_seconds,
+            wait_seconds=totals.wait_seconds,
+            **totals.counters,  # type: ignore[arg-type]
         )
 
     def close(self) -> None:
@@ -357,20 +379,7 @@ class AllToAll:
         A rank that is gone or silent is no error any more, since every round that returned is complete: it is
         logged as a warning.
         """
-        if self._connection is None:
-            return
-        if self._failure is None:
-            timeout_s, watch = self._settings.timeout_s, self._connection.watch
-            try:
-                self._connection.drain(timeout_s)
-                wait_for_all(self._bootstrap, timeout_s, watch.check)
-            except (RankLostError, RankTimeoutError, TransportError) as error:
-                logger.warning("EFA EP: closed without the others: %s", watch.verdict() or error)
-            watch.leave()
-        self._device = None
-        self._activations, self._results = [], []
-        self._connection.close()
-        self._connection = None
+        self._generations.close()
 
     def __enter__(self) -> "AllToAll":
         """Return itself."""
@@ -380,58 +389,32 @@ class AllToAll:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close; after an error without waiting for the others."""
-        if kind is not None and self._failure is None:
-            self._failure = EfaEpError(f"closed after {kind.__name__}: {error}")
+        if kind is not None:
+            self._generations.abandon(EfaEpError(f"closed after {kind.__name__}: {error}"))
         self.close()
 
-    def _alive(self) -> tuple[Connection, _core.CpuDevice]:
-        if self._failure is not None:
-            raise self._failure.with_traceback(None)
-        if self._connection is None or self._device is None:
-            raise ConfigurationError("this AllToAll is closed; build a new one")
-        return self._connection, self._device
-
-    def _check_channel(self, channel: int) -> None:
-        self._alive()
+    def _on(self, channel: int) -> Generation:
+        generation = self._generations.working()
         if not 0 <= channel < self.config.channels:
             raise ConfigurationError(
                 f"channel {channel} does not exist; use 0 to {self.config.channels - 1}, or set "
                 "AllToAllConfig.channels"
             )
+        return generation
 
-    def _check_handle(self, handle: Handle) -> None:
-        self._check_channel(handle.channel)
-        if handle.round != self._rounds[handle.channel]:
+    def _in_flight(self, handle: Handle) -> Generation:
+        generation = self._on(handle.channel)
+        if handle.generation != generation.membership.generation:
+            raise ConfigurationError(
+                f"the handle is of generation {handle.generation}, but the ranks have agreed on generation "
+                f"{generation.membership.generation}; the round is lost, dispatch its tokens again"
+            )
+        if handle.round != generation.rounds[handle.channel]:
             raise ConfigurationError(
                 f"the handle is of round {handle.round}, but channel {handle.channel} is in round "
-                f"{self._rounds[handle.channel]}; use each handle until its combine_recv, then drop it"
+                f"{generation.rounds[handle.channel]}; use each handle until its combine_recv, then drop it"
             )
-
-    def _call(self, half: "Callable[[_core.CpuDevice], _Result]") -> "_Result":
-        """Run a half. Any failure but a refused argument ends this instance, with the rank at fault named."""
-        device = self._alive()[1]
-        try:
-            return half(device)
-        except ConfigurationError as refusal:
-            failure: EfaEpError = refusal
-        except EfaEpError as error:
-            watch = self._alive()[0].watch
-            grace_s = self._settings.timeout_s * _DIAGNOSIS_SHARE
-            reason = explain(self._bootstrap, error, grace_s, watch.verdict)
-            failure = self._failure = _with_reason(error, reason) if reason else error
-            if isinstance(error, RankLostError | RankTimeoutError | TransportError):
-                watch.leave()  # the others find the culprit themselves; this rank is not it
-        except BaseException as interrupt:  # Ctrl-C or another signal's: the round stays unfinished
-            notes = "; ".join(getattr(interrupt, "__notes__", ()))
-            self._failure = EfaEpError(f"interrupted by {type(interrupt).__name__}: {notes}")
-            raise
-        # Raised without its frames: they refer to the device, whose memory must go at close() even if the
-        # caller keeps the error.
-        del device
-        raise failure.with_traceback(None)
-
-
-_Result = TypeVar("_Result")
+        return generation
 
 
 def _must_agree(config: AllToAllConfig, settings: Settings) -> dict[str, object]:
@@ -442,12 +425,3 @@ def _must_agree(config: AllToAllConfig, settings: Settings) -> dict[str, object]
         "EFA_EP_RANKS_PER_NODE": settings.ranks_per_node,
         "vllm_efa_ep version": __version__,
     }
-
-
-def _with_reason(error: EfaEpError, reason: str) -> EfaEpError:
-    message = f"{error}. {reason}"
-    if isinstance(error, RankTimeoutError):
-        return RankTimeoutError(message, error.half, error.round, error.missing)
-    if isinstance(error, TransportError):
-        return TransportError(message, error.peer)
-    return error

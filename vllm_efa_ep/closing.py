@@ -1,17 +1,19 @@
 """The end of a world: nobody takes memory away that another rank still uses."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.errors import EfaEpError, RankLostError, RankTimeoutError
+from vllm_efa_ep.watch import CheckWait
 
 
-def wait_for_all(bootstrap: Bootstrap, timeout_s: float, check: Callable[[str, int, str], None]) -> None:
+def wait_for_all(bootstrap: Bootstrap, ranks: Sequence[int], timeout_s: float, check: CheckWait) -> None:
     """Wait until every rank closes.
 
     Args:
         bootstrap: Through which ranks say so.
+        ranks: The live ranks.
         timeout_s: Longest wait, in seconds.
         check: Raises ``RankLostError`` if a rank is gone; takes half, round and a description of the wait.
 
@@ -24,7 +26,7 @@ def wait_for_all(bootstrap: Bootstrap, timeout_s: float, check: Callable[[str, i
     who = f"close on rank {bootstrap.rank}"
     try:
         bootstrap.publish(f"closed/{bootstrap.rank}", "1")
-        for rank in range(bootstrap.world_size):
+        for rank in ranks:
             while bootstrap.lookup(f"closed/{rank}") is None:
                 waited = time.monotonic() - start
                 wait = f"{who} waited {waited:f} s for rank {rank}"

@@ -105,6 +105,16 @@ SETTINGS: tuple[Setting, ...] = (
         choices=("auto", "torch", "ray"),
     ),
     Setting(
+        "EFA_EP_MASK_WINDOW_S",
+        "mask_window_s",
+        "number",
+        10.0,
+        "seconds",
+        "How long `mask()` and `rejoin()` wait for ranks that are not known to be gone before the others go "
+        "on without them. More than the longest time a healthy rank computes between two calls.",
+        minimum=0.1,
+    ),
+    Setting(
         "EFA_EP_RANKS_PER_NODE",
         "ranks_per_node",
         "integer",
@@ -201,6 +211,7 @@ class Settings:
     timeout_s: float = 120.0
     host_timeout_s: int = 20
     bootstrap: str = "auto"
+    mask_window_s: float = 10.0
     ranks_per_node: int = 0
     provider: str = "auto"
     libfabric: str = ""

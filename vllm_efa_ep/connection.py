@@ -8,7 +8,7 @@ from vllm_efa_ep import _core
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.descriptors import DescriptorExchange
 from vllm_efa_ep.config import Settings
-from vllm_efa_ep.watch import Watch, start_watch
+from vllm_efa_ep.watch import CheckWait, Watch, start_watch
 from vllm_efa_ep.world import World, agree
 
 _COUNTERS = (
@@ -71,10 +71,10 @@ class Connection:
             return dict.fromkeys(_COUNTERS, 0)
         return self.proxy.counters() | self._fabric.counters()
 
-    def drain(self, timeout_s: float) -> None:
-        """Wait until all own writes are complete, or a rank is gone."""
+    def drain(self, timeout_s: float, check: CheckWait) -> None:
+        """Wait until all own writes are complete, or ``check`` raises."""
         if self.proxy is not None:
-            self.proxy.drain(timeout_s, self.watch.check)
+            self.proxy.drain(timeout_s, check)
 
     def close(self) -> None:
         """Stop watching, then the proxy, then the fabric, then unmap."""

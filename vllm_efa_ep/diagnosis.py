@@ -7,7 +7,7 @@ nothing.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_efa_ep.bootstrap import Bootstrap
@@ -39,7 +39,14 @@ def report_of(error: EfaEpError) -> Report | None:
     return None
 
 
-def explain(bootstrap: Bootstrap, error: EfaEpError, grace_s: float, loss: Callable[[], str]) -> str:
+def explain(
+    bootstrap: Bootstrap,
+    error: EfaEpError,
+    grace_s: float,
+    loss: Callable[[], str],
+    called_off: Callable[[], bool] = lambda: False,
+    server_of: Sequence[int] | None = None,
+) -> str:
     """Publish this rank's report, read the others', and describe the chain.
 
     Args:
@@ -47,6 +54,8 @@ def explain(bootstrap: Bootstrap, error: EfaEpError, grace_s: float, loss: Calla
         error: What happened here.
         grace_s: How long to wait for reports of others.
         loss: Says which rank is gone, if one is: that explains everything, and nobody else is asked.
+        called_off: Says whether the others have seen enough; then they need not be waited for.
+        server_of: As in ``World``: a lost rank's stand-in reports as the rank that serves it. None: all live.
 
     Returns:
         One sentence to append to the error's message, empty if there is nothing to add.
@@ -55,9 +64,11 @@ def explain(bootstrap: Bootstrap, error: EfaEpError, grace_s: float, loss: Calla
     report = report_of(error)
     if report is None:
         return ""
+    if server_of is not None:
+        report = Report(report.what, tuple(sorted({server_of[rank] for rank in report.missing})))
     try:
         bootstrap.publish(_key(bootstrap.rank), json.dumps([report.what, report.missing]))
-        reports = _collect(bootstrap, report, grace_s, loss)
+        reports = _collect(bootstrap, report, grace_s, lambda: bool(loss()) or called_off())
     except EfaEpError as bootstrap_error:
         unknown = f"Who else waits is unknown: {bootstrap_error}; its host (usually rank 0) is dead or stuck"
         return loss() or unknown
@@ -81,7 +92,7 @@ def describe(rank: int, reports: dict[int, Report | None]) -> str:
 
 
 def _collect(
-    bootstrap: Bootstrap, own: Report, grace_s: float, loss: Callable[[], str]
+    bootstrap: Bootstrap, own: Report, grace_s: float, enough: Callable[[], bool]
 ) -> dict[int, Report | None]:
     """Read the reports of every rank reachable from ``own`` until all are there or nobody will say more."""
     deadline = time.monotonic() + grace_s
@@ -95,7 +106,7 @@ def _collect(
             reports[rank] = _lookup(bootstrap, rank)
             found = reports[rank]
             frontier += found.missing if found is not None else ()
-        if None not in reports.values() or loss() or time.monotonic() > deadline:
+        if None not in reports.values() or enough() or time.monotonic() > deadline:
             return reports
         time.sleep(_POLL_SECONDS)
 

@@ -61,7 +61,7 @@ class RankLostError(EfaEpError, ConnectionError):
     Attributes:
         half: What waited: one of the four halves, as in ``RankTimeoutError``, or ``close``.
         round: The round that could not finish.
-        rank: The rank that is gone.
+        rank: The rank that is gone, or -1 if others noticed and have called ``mask`` already.
 
     """
 
@@ -71,6 +71,20 @@ class RankLostError(EfaEpError, ConnectionError):
         self.half = half
         self.round = round
         self.rank = rank
+
+
+class RankExcludedError(EfaEpError, ConnectionError):
+    """The other ranks have agreed to go on without this one; ``AllToAll.rejoin`` is the way back.
+
+    Attributes:
+        generation: The first generation without this rank.
+
+    """
+
+    def __init__(self, message: str, generation: int = 0) -> None:
+        """Keep the generation beside the message."""
+        super().__init__(message)
+        self.generation = generation
 
 
 class ProtocolError(EfaEpError, RuntimeError):

@@ -1,11 +1,38 @@
 """What an ``AllToAll`` has done so far."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a rank counts; see ``Stats`` for each name."""
+
+    counters: dict[str, int | float] = field(default_factory=dict)
+    half_seconds: dict[str, float] = field(default_factory=dict)
+    wait_seconds: dict[str, float] = field(default_factory=dict)
+
+    def __add__(self, other: "Totals") -> "Totals":
+        """Add up, name by name."""
+        return Totals(
+            _sum(self.counters, other.counters),
+            _sum(self.half_seconds, other.half_seconds),
+            _sum(self.wait_seconds, other.wait_seconds),
+        )
+
+
+_Number = TypeVar("_Number", float, int | float)
+
+
+def _sum(first: dict[str, _Number], second: dict[str, _Number]) -> dict[str, _Number]:
+    return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}
 
 
 @dataclass(frozen=True)
 class Stats:
     """Totals of one rank since its start, all channels together. Times are in seconds if not named otherwise.
+
+    What a stand-in for a lost rank does is not among them.
 
     Attributes:
         rank: This rank.
@@ -16,10 +43,15 @@ class Stats:
         library: Path and version of libfabric.
         nics: The NICs this rank drives.
         huge_pages: Whether the arena lies in 2 MiB pages.
+        generation: How often the ranks have agreed on a new mask.
+        live_ranks: Ranks that take part.
+        stand_ins: Positions of lost ranks that this one serves.
         rounds: Dispatch + combine rounds started.
         tokens: Tokens this rank dispatched.
         received_rows: Rows received for this rank's experts.
         network_rows: Rows this rank put on the network, dispatch and combine together.
+        dropped_slots: Slots of dispatched tokens that named an expert of a lost rank.
+        dropped_weight: The sum of their router weights; divided by ``tokens``, what an average token lost.
         peer_rows: Rows this rank wrote into the memory of ranks of its own node (itself included).
         writes: RDMA writes posted.
         bytes_written: Payload bytes of those writes.
@@ -43,11 +75,16 @@ class Stats:
     library: str
     nics: tuple[str, ...]
     huge_pages: bool
+    generation: int
+    live_ranks: int
+    stand_ins: int
     rounds: int
     tokens: int
     received_rows: int
     network_rows: int
     peer_rows: int
+    dropped_slots: int
+    dropped_weight: float
     writes: int
     bytes_written: int
     completions: int

@@ -6,11 +6,12 @@ keep-alive finds out. It is the one signal that needs no cooperation of the dead
 
 The connections form a tree: each rank to the first rank of its host, and the first ranks to one of them. With
 128 hosts of 8 ranks that one holds 134 connections, the first rank of any other host 8, and everybody else 1.
-A rank that sees an end tells its other neighbours, who tell theirs: three steps at most. Only the first end
-is passed on, since it ends the world, and the ends that follow from it would hide it. Whoever goes because of
-it, or in order, says so before (``leave``).
+A rank that sees an end tells its other neighbours, who tell theirs: three steps at most. Every end is passed
+on, for the survivors to know whom they need not wait for, but waits name the first, from which others may
+follow. Whoever goes because of it, or in order, says so before (``leave``).
 
-A frozen process keeps its connections; for it there is the deadline of the halves.
+A frozen process keeps its connections; for it there is the deadline of the halves. The first rank whose
+deadline passes may call the others off (``call_off``), whose waits then end, too.
 """
 
 import json
@@ -19,6 +20,7 @@ import os
 import selectors
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -27,15 +29,19 @@ from weakref import WeakSet
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.admission import callers
-from vllm_efa_ep.bootstrap.membership import TOKEN_BYTES, is_member, new_token
+from vllm_efa_ep.bootstrap.run import TOKEN_BYTES, is_member, new_token
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, RankLostError
 from vllm_efa_ep.world import World, agree
 
+CheckWait = Callable[[str, int, str], None]
+"""Raises to end a wait; takes the half, the round, and the wait in words."""
+
 logger = logging.getLogger(__name__)
 
-# A rank that is gone, or the sender's own rank: it leaves.
+# A rank that is gone, or the sender's own rank: it leaves, or that everybody is called off.
 _NEWS = struct.Struct("!I")
+_CALLED_OFF = 2**32 - 1
 _HELLO = struct.Struct(f"!{TOKEN_BYTES}sI")
 # Into this many parts TCP's keep-alive divides the time that a host may be silent: one before it asks for a
 # sign of life, then one per question.
@@ -51,6 +57,8 @@ class Watch:
         self._neighbours = neighbours
         self._leaving: set[int] = set()
         self._lost: int | None = None
+        self._gone: frozenset[int] = frozenset()
+        self._called_off = False
         self._left = False
         self._wake, self._woken = socket.socketpair()
         self._thread = Thread(target=self._listen, name="efa_ep_watch", daemon=True)
@@ -62,6 +70,16 @@ class Watch:
         """The first rank whose end was noticed, if any."""
         return self._lost
 
+    @property
+    def called_off(self) -> bool:
+        """Whether another rank has ended everybody's waits."""
+        return self._called_off
+
+    @property
+    def gone(self) -> frozenset[int]:
+        """All ranks whose end was noticed."""
+        return self._gone
+
     def check(self, half: str, round: int, wait: str) -> None:
         """End a wait that will not be answered.
 
@@ -71,11 +89,13 @@ class Watch:
             wait: The same in words, and for whom it waits.
 
         Raises:
-            RankLostError: A rank is gone.
+            RankLostError: A rank is gone, or others call for a mask.
 
         """
         if self._lost is not None:
             raise RankLostError(f"{wait}, but {self.verdict()}", half, round, self._lost)
+        if self._called_off:
+            raise RankLostError(f"{wait}, but another rank has given up and called mask()", half, round, -1)
 
     def verdict(self) -> str:
         """Say who is gone, empty if nobody is."""
@@ -86,6 +106,11 @@ class Watch:
         if not self._left:
             self._left = True
             self._tell(self._rank, self._neighbours)
+
+    def call_off(self) -> None:
+        """End the waits of all ranks; those of this one must be over."""
+        self._tell(_CALLED_OFF, self._neighbours)
+        self.leave()
 
     def close(self) -> None:
         """End the connections; safe to repeat."""
@@ -123,19 +148,28 @@ class Watch:
                 self._lose(neighbour, neighbour)
             return False
         (rank,) = _NEWS.unpack(news)
-        if rank == neighbour:
+        if rank == _CALLED_OFF:
+            if not self._called_off:
+                self._called_off = True
+                self._tell(rank, self._others(neighbour))
+        elif rank == neighbour:
             self._leaving.add(rank)
         else:
             self._lose(rank, neighbour)
         return True
 
     def _lose(self, rank: int, source: int) -> None:
-        if self._lost is not None:
+        if rank in self._gone:
             return
         # Passed on first: what this rank does because of it must not be heard before it.
-        self._tell(rank, [neighbour for neighbour in self._neighbours if neighbour != source])
-        self._lost = rank
-        logger.error("EFA EP: rank %d sees that %s", self._rank, self.verdict())
+        self._tell(rank, self._others(source))
+        self._gone |= {rank}
+        if self._lost is None:
+            self._lost = rank
+            logger.error("EFA EP: rank %d sees that %s", self._rank, self.verdict())
+
+    def _others(self, source: int) -> list[int]:
+        return [neighbour for neighbour in self._neighbours if neighbour != source]
 
     def _tell(self, rank: int, neighbours: "dict[int, socket.socket] | list[int]") -> None:
         for neighbour in neighbours:
@@ -167,7 +201,7 @@ class _Listener:
 def start_watch(
     world: World, bootstrap: Bootstrap, timeout_s: float, host_timeout_s: int = Settings.host_timeout_s
 ) -> Watch:
-    """Collective: connect this rank to its neighbours.
+    """Collective: connect this rank to its neighbours. Stand-ins have none: their processes are watched.
 
     Args:
         world: All ranks.
@@ -182,8 +216,12 @@ def start_watch(
     with ExitStack() as cleanup:
         address = "127.0.0.1" if world.single_host else bootstrap.address
 
+        leaders: dict[int, int] = {}  # the first live rank of each host
+        for member in world.members:
+            leaders.setdefault(world.host_of[member], member)
+
         def listen() -> tuple[socket.socket | None, bytes]:
-            if world.rank not in world.host_of:
+            if world.rank not in leaders.values():
                 return None, b""
             server = cleanup.enter_context(_listen_at(address))
             return server, json.dumps([address, server.getsockname()[1], new_token().hex()]).encode()
@@ -191,13 +229,14 @@ def start_watch(
         server, told = agree(bootstrap, "listening for the other ranks", listen)
         listeners = {rank: _Listener(*json.loads(each)) for rank, each in enumerate(told) if each}
         root = _root(listeners)
-        parents = [root if rank == world.host_of[rank] else world.host_of[rank] for rank in range(world.size)]
-        children = {rank for rank, parent in enumerate(parents) if parent == world.rank != rank}
+        leader_of = {member: leaders[world.host_of[member]] for member in world.members}
+        parent_of = {rank: root if rank == leader else leader for rank, leader in leader_of.items()}
+        children = {rank for rank, parent in parent_of.items() if parent == world.rank != rank}
 
         def meet() -> tuple[dict[int, socket.socket], bytes]:
             neighbours = {}
-            if world.rank != root:
-                parent = parents[world.rank]
+            if world.rank in parent_of and world.rank != root:
+                parent = parent_of[world.rank]
                 neighbours[parent] = _call(listeners[parent], parent, world.rank, timeout_s)
                 cleanup.enter_context(neighbours[parent])
             if server is not None:

@@ -28,6 +28,7 @@ class World:
         size: Number of ranks.
         ranks_per_node: Ranks of one node; consecutive ranks that can map each other's memory.
         host_of: The host of every rank, named by the first rank that runs on it.
+        server_of: The rank whose process serves each rank's position: its own, or that of a stand-in.
 
     """
 
@@ -35,21 +36,43 @@ class World:
     size: int
     ranks_per_node: int
     host_of: tuple[int, ...]
+    server_of: tuple[int, ...]
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The live ranks, ascending."""
+        return tuple(rank for rank, server in enumerate(self.server_of) if rank == server)
 
     @property
     def rank_on_host(self) -> int:
-        """This rank's place among the ranks of its host."""
-        return self.host_of[: self.rank].count(self.host_of[self.rank])
+        """This rank's place among the ranks of its host, which decides its NICs.
+
+        A stand-in has the place, and the NICs, of the rank it stands in for; on another host, those of the
+        rank that serves it.
+        """
+        at_home = self._ranks_at_home()
+        place = self.rank if self.rank in at_home else self.server_of[self.rank]
+        return at_home.index(place)
 
     @property
     def ranks_on_host(self) -> int:
         """How many ranks share the host and its NICs."""
-        return self.host_of.count(self.host_of[self.rank])
+        return len(self._ranks_at_home())
+
+    def _ranks_at_home(self) -> list[int]:
+        """Ranks of this host; without those of lost nodes, whose stand-ins are guests here."""
+        live_nodes = {member // self.ranks_per_node for member in self.members}
+        host = self.host_of[self.rank]
+        return [
+            rank
+            for rank in range(self.size)
+            if self.host_of[rank] == host and rank // self.ranks_per_node in live_nodes
+        ]
 
     @property
     def single_host(self) -> bool:
         """Whether all ranks run on one host."""
-        return self.ranks_on_host == self.size
+        return len(set(self.host_of)) == 1
 
     @property
     def nodes(self) -> int:
@@ -110,13 +133,19 @@ def agree(
     return kept, [answer[1:] for answer in answers]
 
 
-def join_world(bootstrap: Bootstrap, must_agree: Mapping[str, Any], ranks_per_node: int) -> World:
+def join_world(
+    bootstrap: Bootstrap,
+    must_agree: Mapping[str, Any],
+    ranks_per_node: int,
+    server_of: tuple[int, ...] | None = None,
+) -> World:
     """Collective: check that all ranks want the same, and find out which of them share a host.
 
     Args:
         bootstrap: Connects the ranks.
         must_agree: Names and values (JSON) that have to be equal on all ranks.
         ranks_per_node: Ranks per node, or 0 to take the greatest common divisor of the hosts' rank counts.
+        server_of: As in ``World``; None if every rank is alive.
 
     Raises:
         ConfigurationError: Ranks disagree, two claim one id, or ``ranks_per_node`` does not fit the hosts.
@@ -136,6 +165,7 @@ def join_world(bootstrap: Bootstrap, must_agree: Mapping[str, Any], ranks_per_no
         size=len(claims),
         ranks_per_node=_ranks_per_node(hosts, ranks_per_node),
         host_of=tuple(hosts.index(host) for host in hosts),
+        server_of=server_of if server_of is not None else tuple(range(len(claims))),
     )
 
 

@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "cpu/device.h"
+#include "cpu/stand_in.h"
 #include "errors.h"
 #include "fabric/libfabric_fabric.h"
 #include "memory/arena.h"
@@ -96,7 +97,7 @@ Counters counters_of(const SignalPolicy& policy) {
   return result;
 }
 
-Counters counters_of(const CpuDevice& device) {
+nb::typed<nb::dict, std::string, nb::any> counters_of(const CpuDevice& device) {
   const DeviceCounters counters = device.counters();
   nb::dict result;
   result["rounds"] = counters.rounds;
@@ -104,6 +105,8 @@ Counters counters_of(const CpuDevice& device) {
   result["received_rows"] = counters.received_rows;
   result["network_rows"] = counters.network_rows;
   result["peer_rows"] = counters.peer_rows;
+  result["dropped_slots"] = counters.dropped_slots;
+  result["dropped_weight"] = counters.dropped_weight;
   return result;
 }
 
@@ -286,7 +289,46 @@ DispatchOutput dispatch_output(uintptr_t x, uintptr_t scales, uintptr_t ids, uin
           .tokens_per_expert = pointer<int32_t>(tokens_per_expert)};
 }
 
+CpuDeviceOptions device_options(const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
+                                ScalarType combine_type, bool per_expert, double timeout_s) {
+  return {.layout = layout,
+          .rank = rank,
+          .expert_owner = std::move(expert_owner),
+          .combine_type = combine_type,
+          .per_expert = per_expert,
+          .timeout = seconds(timeout_s)};
+}
+
+std::vector<std::byte*> bases_of(const std::vector<const Arena*>& arenas) {
+  std::vector<std::byte*> bases;
+  for (const Arena* arena : arenas) bases.push_back(arena->data());
+  return bases;
+}
+
+void bind_stand_in(nb::module_& m) {
+  nb::class_<StandIn>(m, "StandIn")
+      .def(
+          "__init__",
+          [](StandIn* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
+             ScalarType combine_type, bool per_expert, double timeout_s,
+             const std::vector<const Arena*>& arenas, Proxy* proxy) {
+            new (self) StandIn(
+                device_options(layout, rank, std::move(expert_owner), combine_type, per_expert, timeout_s),
+                bases_of(arenas), proxy);
+          },
+          nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
+          "timeout_s"_a, "arenas"_a, "proxy"_a.none(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
+      .def("start_round", &StandIn::start_round, "channel"_a)
+      .def(
+          "wait_until_idle",
+          [](StandIn& self, double most_s) { return self.wait_until_idle(seconds(most_s)); }, "most_s"_a,
+          ReleaseLock())
+      .def("stop", &StandIn::stop, ReleaseLock())
+      .def("throw_if_failed", &StandIn::throw_if_failed);
+}
+
 void bind_device(nb::module_& m) {
+  m.attr("NO_OWNER") = kNoOwner;
   nb::enum_<ScalarType>(m, "ScalarType")
       .value("bfloat16", ScalarType::kBfloat16)
       .value("float16", ScalarType::kFloat16)
@@ -297,16 +339,10 @@ void bind_device(nb::module_& m) {
           [](CpuDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
              ScalarType combine_type, bool per_expert, double timeout_s,
              const std::vector<const Arena*>& arenas, Proxy* proxy, const CheckWait& check_wait) {
-            std::vector<std::byte*> bases;
-            for (const Arena* arena : arenas) bases.push_back(arena->data());
-            new (self) CpuDevice({.layout = layout,
-                                  .rank = rank,
-                                  .expert_owner = std::move(expert_owner),
-                                  .combine_type = combine_type,
-                                  .per_expert = per_expert,
-                                  .timeout = seconds(timeout_s),
-                                  .check_interrupt = interrupt_check(check_wait)},
-                                 std::move(bases), proxy);
+            CpuDeviceOptions options =
+                device_options(layout, rank, std::move(expert_owner), combine_type, per_expert, timeout_s);
+            options.check_interrupt = interrupt_check(check_wait);
+            new (self) CpuDevice(options, bases_of(arenas), proxy);
           },
           nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
           "timeout_s"_a, "arenas"_a, "proxy"_a.none(), "check_wait"_a, nb::keep_alive<1, 8>(),
@@ -377,4 +413,5 @@ NB_MODULE(_core, m) {
   bind_signals(m);
   bind_proxy(m);
   bind_device(m);
+  bind_stand_in(m);
 }

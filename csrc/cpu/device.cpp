@@ -58,8 +58,9 @@ CpuDevice::CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> ar
 }
 
 DeviceCounters CpuDevice::counters() const {
-  DeviceCounters counters{counters_.rounds, counters_.tokens, counters_.network_rows, counters_.peer_rows,
-                          counters_.received_rows};
+  DeviceCounters counters{counters_.rounds,        counters_.tokens,        counters_.network_rows,
+                          counters_.peer_rows,     counters_.received_rows, counters_.dropped_slots,
+                          counters_.dropped_weight};
   for (size_t half = 0; half < kHalfNames.size(); ++half) {
     counters.half_ns[half] = counters_.half_ns[half];
     counters.wait_ns[half] = counters_.wait_ns[half];
@@ -175,6 +176,10 @@ OwnerList CpuDevice::owners_of(const int32_t* ids) const {
   for (uint32_t slot = 0; slot < layout_.row.top_k; ++slot) {
     if (ids[slot] < 0) continue;
     const uint32_t rank = placement_.owner(ids[slot]);
+    if (rank == kNoOwner) {
+      throw ProtocolError("a received row names expert " + std::to_string(ids[slot]) +
+                          ", which no live rank has; its sender's mask differs from this rank's");
+    }
     if (topology_.node_of(rank) == node_) owners.insert(topology_.index_of(rank));
   }
   return owners;

@@ -27,7 +27,7 @@ namespace efa_ep {
 struct CpuDeviceOptions {
   Layout layout;
   uint32_t rank = 0;
-  std::vector<uint32_t> expert_owner;  ///< owner rank of every expert
+  std::vector<uint32_t> expert_owner;  ///< owner rank of every expert, or kNoOwner
   ScalarType combine_type = ScalarType::kBfloat16;
   bool per_expert = false;  ///< output layout: [experts, capacity, ...] instead of [rows, ...]
   std::chrono::nanoseconds timeout = std::chrono::seconds(120);
@@ -74,6 +74,8 @@ struct DeviceCounters {
   uint64_t network_rows = 0;   ///< rows put on the network by this rank, both operations
   uint64_t peer_rows = 0;      ///< rows offered to ranks of the own node, both operations
   uint64_t received_rows = 0;  ///< rows received for own experts
+  uint64_t dropped_slots = 0;  ///< slots of those tokens whose expert has no owner
+  double dropped_weight = 0;   ///< the sum of their weights
   std::array<uint64_t, 4>
       half_ns{};  ///< time inside dispatch_send, dispatch_recv, combine_send, combine_recv
   std::array<uint64_t, 4> wait_ns{};  ///< of which waiting for other ranks
@@ -156,13 +158,15 @@ class CpuDevice {
     std::array<uint64_t, kOperations> submitted{};  // writes handed to the proxy so far
   };
   struct AtomicCounters {
-    std::atomic<uint64_t> rounds{0}, tokens{0}, network_rows{0}, peer_rows{0}, received_rows{0};
+    std::atomic<uint64_t> rounds{0}, tokens{0}, network_rows{0}, peer_rows{0}, received_rows{0},
+        dropped_slots{0};
+    std::atomic<double> dropped_weight{0};
     std::array<std::atomic<uint64_t>, 4> half_ns{}, wait_ns{};
   };
 
   // dispatch.cpp
   template <class Id>
-  void route(Channel& channel, const DispatchInput& input) const;
+  void route(Channel& channel, const DispatchInput& input);
   void stage_row(uint32_t channel_index, uint32_t row, const DispatchInput& input, uint32_t token);
   void stage_in_place(uint32_t channel_index, const DispatchInput& input, uint32_t token);
   std::byte* describe_row(uint32_t channel_index, uint32_t row, const DispatchInput& input,

@@ -55,14 +55,17 @@ void CpuDevice::dispatch_send(uint32_t channel_index, const DispatchInput& input
   if (proxy_ != nullptr) proxy_->help();
 }
 
-// Checks all ids, copies them, and lists the tokens of each remote node and each local owner.
+// Checks all ids, copies them, and lists the tokens of each remote node and each local owner. A slot whose
+// expert has no owner travels as one that the caller dropped, so no other rank needs to know.
 template <class Id>
-void CpuDevice::route(Channel& channel, const DispatchInput& input) const {
+void CpuDevice::route(Channel& channel, const DispatchInput& input) {
   for (auto& tokens : channel.tokens_of_node) tokens.clear();
   for (auto& tokens : channel.tokens_of_owner) tokens.clear();
   const uint32_t top_k = layout_.row.top_k;
   channel.ids.resize(size_t{input.tokens} * top_k);
   const Id* ids = static_cast<const Id*>(input.ids);
+  uint64_t dropped_slots = 0;
+  double dropped_weight = 0;
   const auto add_once = [](std::vector<uint32_t>& tokens, uint32_t token) {
     if (tokens.empty() || tokens.back() != token) tokens.push_back(token);
   };
@@ -73,12 +76,21 @@ void CpuDevice::route(Channel& channel, const DispatchInput& input) const {
       channel.ids[entry] = id;
       if (id < 0) continue;
       const uint32_t rank = placement_.owner(id);
+      if (rank == kNoOwner) {
+        channel.ids[entry] = -1;
+        ++dropped_slots;
+        dropped_weight += input.weights[entry];
+        continue;
+      }
       const uint32_t node = topology_.node_of(rank);
       add_once(
           node == node_ ? channel.tokens_of_owner[topology_.index_of(rank)] : channel.tokens_of_node[node],
           token);
     }
   }
+  if (dropped_slots == 0) return;
+  counters_.dropped_slots += dropped_slots;
+  counters_.dropped_weight += dropped_weight;
 }
 
 // Makes a row of the staging section; they are numbered from its start.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -10,14 +11,19 @@
 
 namespace efa_ep {
 
+/// The owner of an expert whose rank is gone: slots that name the expert are dropped.
+inline constexpr uint32_t kNoOwner = std::numeric_limits<uint32_t>::max();
+
 class Placement {
  public:
-  /// `owner_of[e]` is the rank that hosts (physical) expert e, for every expert. An owner numbers its experts
-  /// in ascending order of their global ids. Throws ConfigurationError for an owner outside the world.
+  /// `owner_of[e]` is the rank that hosts (physical) expert e, or kNoOwner, for every expert. An owner
+  /// numbers its experts in ascending order of their global ids. Throws ConfigurationError for an owner
+  /// outside the world.
   Placement(std::vector<uint32_t> owner_of, uint32_t world)
       : owner_(std::move(owner_of)), local_(owner_.size()) {
     std::vector<uint32_t> hosted(world, 0);
     for (size_t expert = 0; expert < owner_.size(); ++expert) {
+      if (owner_[expert] == kNoOwner) continue;
       if (owner_[expert] >= world) {
         throw ConfigurationError("expert " + std::to_string(expert) + " is placed on rank " +
                                  std::to_string(owner_[expert]) + ", but the world has " +

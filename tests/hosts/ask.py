@@ -1,7 +1,7 @@
 """Ask a server on this host: ``ask.py ADDRESS PORT [forever]``. Prints JSON lines.
 
 ``{"healthy": seconds}`` when it answers, ``{"tokens": [...]}`` with the continuations of the tests' prompts;
-then, with ``forever``, asks on and on and prints ``{"refused": why}`` when the server does not answer any more.
+then, with ``forever``, asks on and on and prints ``{"refused": why}`` when the server answers no more.
 """
 
 import itertools

@@ -13,9 +13,9 @@ from bodies import rounds
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.coordinator import Ticket
-from vllm_efa_ep.bootstrap.membership import Run
 from vllm_efa_ep.bootstrap.ray import namespace
 from vllm_efa_ep.bootstrap.ray_hosts import RayRanks, inventories, run_on_ray
+from vllm_efa_ep.bootstrap.run import Run
 from vllm_efa_ep.errors import EfaEpError, MembershipError
 
 _SECONDS = 100.0

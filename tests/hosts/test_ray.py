@@ -7,7 +7,7 @@ import pytest
 from network import hosts
 from ray_cluster import RayCluster, ray_cluster
 
-from vllm_efa_ep.bootstrap.membership import Run
+from vllm_efa_ep.bootstrap.run import Run
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])

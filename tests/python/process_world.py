@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vllm_efa_ep.bootstrap.store import StoreBootstrap
 from vllm_efa_ep.bootstrap.torch import TorchBootstrap
 
 DEADLINE_S = 60.0
@@ -28,7 +29,7 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "vllm_efa_ep.all_
 class Rank:
     """What a rank's body gets: its bootstrap, and a line to the test."""
 
-    def __init__(self, bootstrap: TorchBootstrap, line: Connection) -> None:
+    def __init__(self, bootstrap: StoreBootstrap, line: Connection) -> None:
         """Keep both."""
         self.bootstrap = bootstrap
         self._line = line
@@ -53,7 +54,7 @@ class Ended:
 
 
 def _main(
-    rank: int, size: int, line: Connection, body: Callable[..., Any], arguments: tuple[Any, ...]
+    line: Connection, rank: int, size: int, body: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -63,12 +64,19 @@ def _main(
     else:
         store = dist.TCPStore("127.0.0.1", line.recv(), is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    # The store lives in rank 0, so nobody leaves before the test has heard everybody it waits for.
+    run_body(line, TorchBootstrap(dist.group.WORLD, store), body, arguments)
+
+
+def run_body(
+    line: Connection, bootstrap: StoreBootstrap, body: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    """Run a rank's body, tell the test how it ended, and wait for the test to let this process end."""
     try:
-        ended = Ended(body(Rank(TorchBootstrap(dist.group.WORLD, store), line), *arguments))
+        ended = Ended(body(Rank(bootstrap, line), *arguments))
     except BaseException as error:  # handed to the test, whatever it is
         ended = Ended(None, type(error).__name__, str(error))
     line.send(("ended", ended))
-    # The store lives in rank 0, so nobody leaves before the test has heard everybody it waits for.
     line.poll(DEADLINE_S)
 
 
@@ -77,19 +85,24 @@ class ProcessWorld:
 
     def __init__(self, size: int, body: Callable[..., Any], *arguments: Any) -> None:
         """Start the processes."""
-        pipes = [_context.Pipe() for _ in range(size)]
-        self._lines = [near for near, _ in pipes]
-        self.processes = [
-            _context.Process(target=_main, args=(rank, size, far, body, arguments), daemon=True)
-            for rank, (_, far) in enumerate(pipes)
-        ]
-        for process in self.processes:
-            process.start()
-        for _, far in pipes:
-            far.close()
+        self._lines: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(size):
+            line, process = self._start(_main, rank, size, body, arguments)
+            self._lines.append(line)
+            self.processes.append(process)
         port = self._next(0, "port")
         for line in self._lines[1:]:
             line.send(port)
+
+    @staticmethod
+    def _start(main: Callable[..., None], *arguments: Any) -> tuple[Connection, Any]:
+        """Start a process with a line to it as its first argument."""
+        near, far = _context.Pipe()
+        process = _context.Process(target=main, args=(far, *arguments), daemon=True)
+        process.start()
+        far.close()
+        return near, process
 
     def __enter__(self) -> "ProcessWorld":
         """Return itself."""

@@ -20,7 +20,7 @@ def _close(rank: Rank, ranks_per_node: int, timeout_s: float, sends: bool) -> li
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("vllm_efa_ep.all_to_all").addHandler(handler)
+    logging.getLogger("vllm_efa_ep.recovery").addHandler(handler)
     size = rank.bootstrap.world_size
     config = AllToAllConfig(64, size, size, 4, dtype=torch.float32, combine_dtype=torch.float32)
     all_to_all = AllToAll(config, rank.bootstrap, settings_of(ranks_per_node, timeout_s=timeout_s))

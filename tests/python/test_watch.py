@@ -16,7 +16,7 @@ from thread_world import DEADLINE_S, ThreadBootstrap, outcomes_of_ranks, run_ran
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, watch
 from vllm_efa_ep import world as world_module
-from vllm_efa_ep.bootstrap.torch import address_towards
+from vllm_efa_ep.bootstrap.store import address_towards
 from vllm_efa_ep.errors import ConfigurationError, RankLostError
 from vllm_efa_ep.watch import Watch, start_watch
 from vllm_efa_ep.world import join_world

@@ -66,7 +66,8 @@ def test_nodes_that_do_not_fit_the_hosts_are_refused(
 def test_nodes_and_rails() -> None:
     """Ranks of a node are consecutive; a rail has the ranks with one index."""
     size, ranks_per_node = 12, 4
-    worlds = [World(rank, size, ranks_per_node, host_of=(0,) * size) for rank in range(size)]
+    everybody = tuple(range(size))
+    worlds = [World(rank, size, ranks_per_node, (0,) * size, server_of=everybody) for rank in everybody]
     for rank, world in enumerate(worlds):
         assert world.nodes == 3
         assert (world.node, world.index) == divmod(rank, 4)

@@ -99,6 +99,10 @@ class ThreadBootstrap:
         """Set a value."""
         self._rendezvous.published[key] = value
 
+    def publish_once(self, key: str, value: str) -> str:
+        """Set a value unless there is one; a dictionary does it in one step."""
+        return self._rendezvous.published.setdefault(key, value)
+
     def lookup(self, key: str) -> str | None:
         """Get a value, if it is set."""
         return self._rendezvous.published.get(key)

@@ -6,8 +6,8 @@ from typing import Protocol
 class Bootstrap(Protocol):
     """A slow, reliable channel between all ranks, used to start and to explain failures.
 
-    ``publish`` and ``lookup`` must work while other ranks are dead; they raise ``EfaEpError`` if the service
-    behind them is gone.
+    ``publish``, ``publish_once`` and ``lookup`` must work while other ranks are dead, and in several threads
+    at once; they raise ``EfaEpError`` if the service behind them is gone.
     """
 
     @property
@@ -27,6 +27,9 @@ class Bootstrap(Protocol):
 
     def publish(self, key: str, value: str) -> None:
         """Make a value visible to all ranks."""
+
+    def publish_once(self, key: str, value: str) -> str:
+        """Make a value visible to all ranks unless the key has one; return the one that stands. Atomic."""
 
     def lookup(self, key: str) -> str | None:
         """Return a published value, or None if there is none yet. Does not wait."""

@@ -6,7 +6,7 @@ import sys
 import torch.distributed as dist
 
 from vllm_efa_ep.bootstrap import Bootstrap
-from vllm_efa_ep.bootstrap.membership import Run
+from vllm_efa_ep.bootstrap.run import Run
 from vllm_efa_ep.bootstrap.torch import TorchBootstrap
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError
@@ -44,7 +44,9 @@ def choose_bootstrap(group: dist.ProcessGroup, settings: Settings) -> Bootstrap:
     from vllm_efa_ep.bootstrap.ray import RayBootstrap
 
     run = Run(names[0], bytes.fromhex(tokens[0]))
-    return RayBootstrap(run, over_group.rank, over_group.world_size, settings)
+    bootstrap = RayBootstrap(run, over_group.rank, over_group.world_size)
+    bootstrap.compare_hosts(settings)
+    return bootstrap
 
 
 def _is_ray_worker() -> bool:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from vllm_efa_ep.bootstrap.membership import is_member
+from vllm_efa_ep.bootstrap.run import is_member
 from vllm_efa_ep.errors import ConfigurationError, MembershipError, RankLostError, RankTimeoutError
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import struct
 from contextlib import ExitStack, closing
 
 from vllm_efa_ep.bootstrap.admission import Caller, callers
-from vllm_efa_ep.bootstrap.membership import TOKEN_BYTES, is_member, new_token
+from vllm_efa_ep.bootstrap.run import TOKEN_BYTES, is_member, new_token
 from vllm_efa_ep.errors import ConfigurationError
 
 _HELLO = struct.Struct(f"={TOKEN_BYTES}sI")

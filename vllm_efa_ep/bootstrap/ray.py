@@ -22,7 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from vllm_efa_ep.bootstrap.coordinator import LEASE_S, Coordinator, Ticket, digest_of
 from vllm_efa_ep.bootstrap.inventory import Inventory, take_inventory
-from vllm_efa_ep.bootstrap.membership import Run
+from vllm_efa_ep.bootstrap.run import Run
 from vllm_efa_ep.config import SETTINGS, Settings
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 
@@ -47,25 +47,21 @@ class RayBootstrap:
         run: Run,
         rank: int,
         world_size: int,
-        settings: Settings | None = None,
         timeout_s: float = START_S,
         lease_s: float = LEASE_S,
     ) -> None:
-        """Collective: join the run and check that all ranks have the same versions and settings.
+        """Join the run, or, with the rank of a process that is gone, take its place.
 
         Args:
             run: The same on all ranks.
             rank: This rank.
             world_size: Number of ranks.
-            settings: Default: those of the environment.
-            timeout_s: Longest wait for the other ranks, here and in ``all_gather``.
+            timeout_s: Longest wait for the other ranks in ``all_gather``.
             lease_s: After how many seconds without a sign of life other ranks take this one for gone.
 
         Raises:
-            ConfigurationError: This process is not connected to Ray, or ranks disagree.
+            ConfigurationError: This process is not connected to Ray, or another one is this rank.
             MembershipError: The run has another token.
-            RankLostError: A rank ended while all of them were starting.
-            RankTimeoutError: Ranks did not come in time.
             EfaEpError: Ray does not answer.
 
         """
@@ -89,7 +85,6 @@ class RayBootstrap:
             name="efa_ep_lease",
             daemon=True,
         ).start()
-        self.inventories = self._compare(settings or Settings.from_environment())
 
     @property
     def rank(self) -> int:
@@ -107,7 +102,13 @@ class RayBootstrap:
         return self._address
 
     def all_gather(self, payload: bytes) -> list[bytes]:
-        """Gather over the coordinator, within ``timeout_s``."""
+        """Gather over the coordinator.
+
+        Raises:
+            RankLostError: A rank ended while the others waited for it.
+            RankTimeoutError: Ranks did not come within ``timeout_s``.
+
+        """
         number, self._gatherings = self._gatherings, self._gatherings + 1
         wait_s = self._timeout_s
         answer = self._coordinator.gather.remote(self._ticket, number, payload, wait_s)
@@ -134,10 +135,26 @@ class RayBootstrap:
             self._stop.set()
             _ask(self._coordinator.leave.remote(self._ticket))
 
-    def _compare(self, settings: Settings) -> tuple[Inventory, ...]:
-        """Return the inventory of every rank's host, if all ranks have the same versions and settings."""
+    def compare_hosts(self, settings: Settings | None = None) -> tuple[Inventory, ...]:
+        """Collective: check that all ranks have the same versions and settings.
+
+        Args:
+            settings: Default: those of the environment.
+
+        Returns:
+            What the host of each rank has.
+
+        Raises:
+            ConfigurationError: Ranks disagree; the message names two of them and both values.
+            EfaEpError: As in ``all_gather``.
+
+        """
         inventory = take_inventory()
-        claim = {"host": self._address, "inventory": asdict(inventory), "settings": _common(settings)}
+        claim = {
+            "host": self._address,
+            "inventory": asdict(inventory),
+            "settings": _common(settings or Settings.from_environment()),
+        }
         claims = [json.loads(each) for each in self.all_gather(json.dumps(claim).encode())]
         check_same(
             [each["host"] for each in claims],

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vllm_efa_ep.bootstrap.coordinator import digest_of
 from vllm_efa_ep.bootstrap.inventory import Inventory, take_inventory
-from vllm_efa_ep.bootstrap.membership import Run, is_member
 from vllm_efa_ep.bootstrap.ray import START_S, RayBootstrap, namespace
+from vllm_efa_ep.bootstrap.run import Run, is_member
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError, MembershipError
 
 _SETTING_PREFIXES = ("EFA_EP_", "FI_")
@@ -239,7 +239,8 @@ class _Rank:
         arguments: tuple[Any, ...],
     ) -> None:
         try:
-            bootstrap = RayBootstrap(run, rank, world_size, timeout_s=timeout_s)
+            bootstrap = RayBootstrap(run, rank, world_size, timeout_s)
+            bootstrap.compare_hosts()
             result = function(bootstrap, *arguments)
             bootstrap.close()
         except Exception as error:  # handed to the driver, whatever it is

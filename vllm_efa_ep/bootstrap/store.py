@@ -1,0 +1,105 @@
+"""Bootstrap from a key-value store of torch alone: no process group, so a process may come at any time."""
+
+import socket
+from collections.abc import Callable
+from concurrent import futures
+from threading import Thread
+from typing import TypeVar
+
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from vllm_efa_ep.bootstrap.key_gather import KeyGather
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError
+
+_Answer = TypeVar("_Answer")
+_ANSWER_SECONDS = 5.0
+
+
+class StoreBootstrap:
+    """Ranks that know their numbers and share a store.
+
+    A process that takes the place of a lost one builds it with the ``name`` of the others' bootstrap.
+    """
+
+    def __init__(
+        self, store: Store, name: str, rank: int, world_size: int, gather_timeout_s: float = 300.0
+    ) -> None:
+        """Keep apart, by ``name``, from whatever else uses the store."""
+        self.name = name
+        self._store = PrefixStore(f"vllm_efa_ep/{name}", store)
+        self._rank = rank
+        self._world_size = world_size
+        self._gather = KeyGather(self, rank, world_size, gather_timeout_s)
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._world_size
+
+    @property
+    def address(self) -> str:
+        """This host's address on the way to the host of the store."""
+        store: Store = self._store
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        host = store.host if isinstance(store, TCPStore) else socket.gethostname()
+        return address_towards(host)
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        """Gather over keys."""
+        return self._gather.all_gather(payload)
+
+    def publish(self, key: str, value: str) -> None:
+        """Set a key of the store."""
+        self._ask(lambda: self._store.set(key, value))
+
+    def publish_once(self, key: str, value: str) -> str:
+        """Set a key of the store unless it is set, and return what it holds."""
+        return self._ask(lambda: self._store.compare_set(key, "", value).decode())
+
+    def lookup(self, key: str) -> str | None:
+        """Get a key of the store if it is set."""
+        return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
+
+    def _ask(self, request: Callable[[], _Answer]) -> _Answer:
+        # In a thread of its own: a request to a store whose host is frozen never returns.
+        answer: futures.Future[_Answer] = futures.Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(request())
+            except RuntimeError as error:
+                answer.set_exception(error)
+
+        Thread(target=run, name="efa_ep_store", daemon=True).start()
+        try:
+            error = answer.exception(_ANSWER_SECONDS)
+        except futures.TimeoutError:
+            error = EfaEpError(f"nothing for {_ANSWER_SECONDS:g} s")
+        if error is not None:
+            raise EfaEpError(f"the store of torch.distributed does not answer: {error}")
+        return answer.result()
+
+
+def address_towards(host: str) -> str:
+    """Return the address of this host that a packet to ``host`` would carry; sends none.
+
+    Raises:
+        ConfigurationError: There is no way to ``host``.
+
+    """
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)
+            address: str = probe.getsockname()[0]
+    except OSError as error:
+        raise ConfigurationError(
+            f"this host does not know the way to {host}, its bootstrap: {error}"
+        ) from error
+    return address

@@ -1,0 +1,242 @@
+"""One generation of a world: everything that is built for an agreed set of ranks, and given up at a loss.
+
+Nothing of a generation outlives it: the next one has new memory with new keys, new endpoints and new
+connections. Hence whatever a rank of an older generation still writes, it writes where nobody reads.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from vllm_efa_ep import _core
+from vllm_efa_ep.all_to_all_config import COMBINE_TYPES, AllToAllConfig
+from vllm_efa_ep.arena_views import activations, results
+from vllm_efa_ep.bootstrap import Bootstrap
+from vllm_efa_ep.bootstrap.generation import GenerationBootstrap
+from vllm_efa_ep.closing import wait_for_all
+from vllm_efa_ep.config import Settings
+from vllm_efa_ep.connection import Connection, connect
+from vllm_efa_ep.diagnosis import explain
+from vllm_efa_ep.errors import (
+    ConfigurationError,
+    EfaEpError,
+    RankLostError,
+    RankTimeoutError,
+    TransportError,
+)
+from vllm_efa_ep.membership import Membership
+from vllm_efa_ep.stand_in import StandIn, servers
+from vllm_efa_ep.stats import Totals
+from vllm_efa_ep.watch import Watch
+from vllm_efa_ep.world import World, join_world
+
+# Part of the deadline kept for finding out which rank is at fault.
+_DIAGNOSIS_SHARE = 0.1
+
+_Result = TypeVar("_Result")
+
+
+class Generation:
+    """This rank's part of one generation: its position, and those it stands in for."""
+
+    def __init__(
+        self,
+        config: AllToAllConfig,
+        bootstrap: Bootstrap,
+        settings: Settings,
+        membership: Membership,
+        position: tuple[World, Connection],
+        stand_ins: list[tuple[World, Connection]],
+    ) -> None:
+        """Take over connected positions."""
+        self.membership = membership
+        self.world, self.connection = position
+        self.failure: EfaEpError | None = None
+        self.rounds = [0] * config.channels
+        self._bootstrap = bootstrap
+        self._settings = settings
+        owners = config.placement(self.world.size)
+        owners = tuple(owner if owner in membership.members else _core.NO_OWNER for owner in owners)
+        self.stand_ins = [
+            StandIn(*each, _core.StandIn(**_device_arguments(config, settings, owners, *each)))
+            for each in stand_ins
+        ]
+        # Without a reference to this instance, which would keep itself alive through the device.
+        self._check_wait = partial(_check_wait, self.stand_ins, self.connection.watch)
+        self._device: _core.CpuDevice | None = _core.CpuDevice(
+            **_device_arguments(config, settings, owners, *position), check_wait=self._check_wait
+        )
+        layout = config.core_layout(self.world.size, self.world.ranks_per_node)
+        arena = self.connection.arena
+        self.activations = [activations(arena, layout, channel, config) for channel in range(config.channels)]
+        self.results = [results(arena, layout, channel, config) for channel in range(config.channels)]
+
+    def start_round(self, channel: int) -> int:
+        """Count a round that this rank has begun, let its stand-ins begin it, and return its number."""
+        for stand_in in self.stand_ins:
+            stand_in.start_round(channel)
+        self.rounds[channel] += 1
+        return self.rounds[channel]
+
+    def call(self, half: Callable[[_core.CpuDevice], _Result]) -> _Result:
+        """Run a half. Any failure but a refused argument ends this generation; the rank at fault is named."""
+        device = self._open_device()
+        try:
+            return half(device)
+        except ConfigurationError as refusal:
+            failure: EfaEpError = refusal
+        except EfaEpError as error:
+            failure = self.failure = self._explained(error)
+            if isinstance(error, RankLostError | RankTimeoutError | TransportError):
+                self.connection.watch.leave()  # the others find the culprit themselves; this rank is not it
+        except BaseException as interrupt:  # Ctrl-C or another signal's: the round stays unfinished
+            notes = "; ".join(getattr(interrupt, "__notes__", ()))
+            self.failure = EfaEpError(f"interrupted by {type(interrupt).__name__}: {notes}")
+            raise
+        # Raised without its frames: they refer to the device, whose memory must go at close() even if the
+        # caller keeps the error.
+        del device
+        raise failure.with_traceback(None)
+
+    def totals(self) -> Totals:
+        """Return what this rank's own position has done."""
+        device = self._open_device()
+        counters = {**device.counters(), **self.connection.counters()}
+        return Totals(counters, device.half_seconds(), device.wait_seconds())
+
+    def finish(self) -> None:
+        """Collective: finish own writes and wait for the others.
+
+        Raises:
+            RankLostError: A rank is gone; every round that returned is complete all the same.
+            RankTimeoutError: A rank did not come in time.
+            TransportError: The network failed.
+
+        """
+        timeout_s, check = self._settings.timeout_s, self._check_wait
+        for stand_in in self.stand_ins:
+            stand_in.finish(timeout_s, check)
+        self.connection.drain(timeout_s, check)
+        wait_for_all(self._bootstrap, self.membership.members, timeout_s, check)
+
+    def close(self) -> None:
+        """Free everything, without waiting for anybody; safe to repeat."""
+        self._device = None
+        self.activations, self.results = [], []
+        while self.stand_ins:
+            self.stand_ins.pop().close()
+        self.connection.close()
+
+    def _open_device(self) -> _core.CpuDevice:
+        if self._device is None:
+            raise ConfigurationError("this AllToAll is closed; build a new one")
+        return self._device
+
+    def _explained(self, error: EfaEpError) -> EfaEpError:
+        grace_s = self._settings.timeout_s * _DIAGNOSIS_SHARE
+        watch = self.connection.watch
+        reason = explain(
+            self._bootstrap, error, grace_s, watch.verdict, lambda: watch.called_off, self.world.server_of
+        )
+        return _with_reason(error, reason) if reason else error
+
+
+def _check_wait(stand_ins: list[StandIn], watch: Watch, half: str, round: int, wait: str) -> None:
+    for stand_in in stand_ins:
+        stand_in.raise_failure()
+    watch.check(half, round, wait)
+
+
+def first_generation(
+    config: AllToAllConfig, bootstrap: Bootstrap, settings: Settings, must_agree: Mapping[str, Any]
+) -> Generation:
+    """Collective: start a world in which every rank is alive."""
+    position = _take_position(config, bootstrap, settings, must_agree, None)
+    membership = Membership.first(bootstrap.world_size, position[0].ranks_per_node)
+    return Generation(config, bootstrap, settings, membership, position, [])
+
+
+def build_generation(
+    config: AllToAllConfig,
+    bootstrap: Bootstrap,
+    settings: Settings,
+    must_agree: Mapping[str, Any],
+    membership: Membership,
+) -> Generation:
+    """Collective between the members: connect all positions anew, the lost ones with stand-ins.
+
+    Every position is connected as at the start, each in a thread of its own.
+    """
+    settings = replace(settings, ranks_per_node=membership.ranks_per_node)
+    server_of = servers(bootstrap.world_size, membership.ranks_per_node, membership.members)
+    own = [rank for rank, server in enumerate(server_of) if server == bootstrap.rank]
+    own.sort(key=lambda rank: rank != bootstrap.rank)  # this rank's own position first
+    timeout_s = settings.timeout_s
+    keys = [GenerationBootstrap(bootstrap, membership.generation, rank, timeout_s) for rank in own]
+
+    def take(each: GenerationBootstrap) -> tuple[World, Connection]:
+        try:
+            return _take_position(config, each, settings, must_agree, server_of)
+        except Exception as error:
+            with suppress(EfaEpError):
+                each.give_up(f"{type(error).__name__}: {error}")
+            raise
+
+    with ThreadPoolExecutor(len(own), "efa_ep_position") as threads:
+        futures = [threads.submit(take, each) for each in keys]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        for future in futures:
+            if future.exception() is None:
+                future.result()[1].close()
+        raise errors[0]
+    positions = [future.result() for future in futures]
+    return Generation(config, keys[0], settings, membership, positions[0], positions[1:])
+
+
+def _take_position(
+    config: AllToAllConfig,
+    bootstrap: Bootstrap,
+    settings: Settings,
+    must_agree: Mapping[str, Any],
+    server_of: tuple[int, ...] | None,
+) -> tuple[World, Connection]:
+    world = join_world(bootstrap, must_agree, settings.ranks_per_node, server_of)
+    config.check(world.size, world.ranks_per_node)
+    layout = config.core_layout(world.size, world.ranks_per_node)
+    return world, connect(world, layout, bootstrap, settings, _wait_seconds(settings))
+
+
+def _device_arguments(
+    config: AllToAllConfig,
+    settings: Settings,
+    owners: tuple[int, ...],
+    world: World,
+    connection: Connection,
+) -> dict[str, Any]:
+    return {
+        "layout": config.core_layout(world.size, world.ranks_per_node),
+        "rank": world.rank,
+        "expert_owner": owners,
+        "combine_type": COMBINE_TYPES[config.combine_dtype],
+        "per_expert": config.layout == "per_expert",
+        "timeout_s": _wait_seconds(settings),
+        "arenas": connection.arenas,
+        "proxy": connection.proxy,
+    }
+
+
+def _wait_seconds(settings: Settings) -> float:
+    return settings.timeout_s * (1 - _DIAGNOSIS_SHARE)
+
+
+def _with_reason(error: EfaEpError, reason: str) -> EfaEpError:
+    message = f"{error}. {reason}"
+    if isinstance(error, RankTimeoutError):
+        return RankTimeoutError(message, error.half, error.round, error.missing)
+    if isinstance(error, TransportError):
+        return TransportError(message, error.peer)
+    return error
