@@ -45,8 +45,8 @@ class Program:
                 env=environment_on(host, settings),
             )
 
-    def hear(self, name: str, deadline_s: float = DEADLINE_S) -> Any:
-        """Wait for the line ``{name: value}`` and return the value."""
+    def hear(self, name: str, deadline_s: float = DEADLINE_S, of: "Program | None" = None) -> Any:
+        """Wait for the line ``{name: value}`` and return the value; in vain if the program ``of`` ends."""
         deadline = time.monotonic() + deadline_s
         while True:
             ended = self.process.poll() is not None
@@ -55,6 +55,8 @@ class Program:
                     said = json.loads(line)
                     if isinstance(said, dict) and name in said:
                         return said[name]
+            if of is not None and of.process.poll() is not None:
+                raise AssertionError(f"waited for {name!r}, but the server ended\n{of.log_tail()}")
             if ended or time.monotonic() > deadline:
                 why = (
                     f"ended with {self.process.returncode}" if ended else f"said nothing for {deadline_s:g} s"

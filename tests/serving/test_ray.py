@@ -97,11 +97,8 @@ def test_hosts_serve_until_one_vanishes_and_again_after_a_restart(
             _serving(cluster, model, first, backend) as server,
             _ask(cluster, first / "ask.log", "on") as asking,
         ):
-            try:
-                asking.hear("healthy", 300)
-            except AssertionError as error:
-                raise AssertionError(f"{error}\n{server.log_tail()}") from error
-            assert asking.hear("tokens") == expected
+            asking.hear("healthy", 300, server)
+            assert asking.hear("tokens", of=server) == expected
             stats = read_stats(first / "stats")
             assert sorted(stats) == list(range(count))
             for rank in stats.values():
@@ -117,6 +114,6 @@ def test_hosts_serve_until_one_vanishes_and_again_after_a_restart(
             assert asking.hear("refused")
             server.process.wait(_END_SECONDS)
         _restart_node(cluster, machines[lost], tmp_path / "nodes.log")
-        with _serving(cluster, model, second, backend), _ask(cluster, second / "ask.log") as asking:
-            asking.hear("healthy", 300)
-            assert asking.hear("tokens") == expected
+        with _serving(cluster, model, second, backend) as server, _ask(cluster, second / "ask.log") as asking:
+            asking.hear("healthy", 300, server)
+            assert asking.hear("tokens", of=server) == expected

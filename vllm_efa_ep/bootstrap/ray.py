@@ -221,6 +221,8 @@ def _coordinator(run: Run, world_size: int, lease_s: float) -> Any:
             get_if_exists=True,
             num_cpus=0,
             resources=_HEAD,
+            # Not in the placement group of the caller, which has no room for it.
+            scheduling_strategy="DEFAULT",
             # Every rank waits in a gathering, looks something up, and renews its lease.
             max_concurrency=3 * world_size,
         )
