@@ -125,8 +125,7 @@ def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         for hello in (b"", b"x", bytes(watch._HELLO.size)):
             with socket.create_connection(server.getsockname()) as stranger:
                 stranger.sendall(hello)
-        # More than are kept, and none of them ever ends: the first ones are dropped.
-        silent.extend(socket.create_connection(server.getsockname()) for _ in range(80))
+        silent.append(socket.create_connection(server.getsockname()))
         return answer(server, *arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(watch, "_answer", answer_strangers_first)
@@ -134,7 +133,6 @@ def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         each.leave()
     refused = [record.message for record in caplog.records if "refused 127.0.0.1 port" in record.message]
     assert sum("it is not one of the ranks that this rank watches" in each for each in refused) == 3
-    assert sum("it says nothing" in each for each in refused) >= 80 - 64
     for each in silent:
         each.close()
 
