@@ -138,7 +138,7 @@ def _stand_in_for_known_backends() -> None:
             if self.parallel_config.all2all_backend == _STAND_INS.get(name):
                 self.parallel_config.all2all_backend = name
         if is_selected(self.parallel_config):
-            ray_patches.place_on_cpu_hosts(self.parallel_config)
+            ray_patches.place_on_cpu_hosts(self)
 
     VllmConfig.__post_init__ = post_init
 

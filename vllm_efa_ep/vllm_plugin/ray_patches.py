@@ -1,4 +1,4 @@
-"""What vLLM's Ray executor lacks for us: our settings in the workers, and CPU hosts as places for workers."""
+"""What vLLM's Ray executors lack for us: our settings in the workers, and CPU hosts as places for workers."""
 
 from typing import Any
 
@@ -21,14 +21,27 @@ def copy_settings() -> None:
     DEFAULT_ENV_VAR_PREFIXES.update(SETTING_PREFIXES)
 
 
-def place_on_cpu_hosts(parallel_config: Any) -> None:
-    """Let Ray place CPU workers for this configuration, which vLLM refuses: "does not support ray"."""
+def place_on_cpu_hosts(config: Any) -> None:
+    """Let Ray place the CPU workers of a ``VllmConfig``, which vLLM refuses: "does not support ray"."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or parallel_config.distributed_executor_backend != "ray":
+    if not current_platform.is_cpu() or config.parallel_config.distributed_executor_backend != "ray":
         return
-    seams.require(seams.CPU_RAY_SEAMS)
-    from vllm_efa_ep.vllm_plugin.cpu_ray_executor import CpuRayExecutor, declare_resource
+    from vllm.v1.executor.abstract import Executor
 
-    declare_resource()  # here, for the placement of data-parallel ranks
-    parallel_config.distributed_executor_backend = CpuRayExecutor
+    executor: Any
+    if Executor.get_class(config).__name__ == "RayExecutorV2":
+        seams.require(seams.CPU_RAY_V2_SEAMS)
+        from vllm_efa_ep.vllm_plugin.cpu_ray_executor_v2 import CpuRayExecutorV2 as executor  # noqa: N813
+    else:  # vLLM 0.32, unless VLLM_USE_RAY_V2_EXECUTOR_BACKEND is set
+        seams.require(seams.CPU_RAY_SEAMS)
+        from vllm_efa_ep.vllm_plugin.cpu_ray_executor import CpuRayExecutor as executor  # noqa: N813
+    declare_cpu_resource()  # here, for the placement of data-parallel ranks
+    config.parallel_config.distributed_executor_backend = executor
+
+
+def declare_cpu_resource() -> None:
+    """Tell vLLM in this process which Ray resource stands for a place on a CPU host."""
+    from vllm.platforms import current_platform
+
+    type(current_platform).ray_device_key = CPU_RESOURCE
