@@ -47,6 +47,7 @@ def apply() -> None:
         _stand_in_for_known_backends()
         _wrap_communicator(communicator)
         ray_patches.copy_settings()
+        ray_patches.end_failed_engines()
     if chosen or failure:
         _wrap_engine_args(chosen, failure)
 

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from vllm.v1.executor import ray_executor
-from vllm.v1.executor.ray_executor import RayDistributedExecutor
-from vllm.v1.executor.ray_utils import RayWorkerWrapper
+from vllm.v1.executor import ray_executor_v2
+from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
 from vllm_efa_ep.vllm_plugin.ray_patches import declare_cpu_resource
 
 
-class CpuRayWorker(RayWorkerWrapper):  # type: ignore[misc]
+class CpuRayWorkerProc(RayWorkerProc):  # type: ignore[misc]
     """A worker in a Ray actor on a CPU host."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -18,10 +17,10 @@ class CpuRayWorker(RayWorkerWrapper):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
 
-class CpuRayExecutor(RayDistributedExecutor):  # type: ignore[misc]
-    """Starts ``CpuRayWorker`` actors."""
+class CpuRayExecutor(RayExecutorV2):  # type: ignore[misc]
+    """Starts ``CpuRayWorkerProc`` actors."""
 
     def _init_executor(self) -> None:
         declare_cpu_resource()
-        ray_executor.RayWorkerWrapper = CpuRayWorker
+        ray_executor_v2.RayWorkerProc = CpuRayWorkerProc
         super()._init_executor()

@@ -4,21 +4,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vllm.config import get_current_vllm_config_or_none
-from vllm.logger import configure_logging
-
 from vllm_efa_ep.errors import EfaEpError
 from vllm_efa_ep.vllm_plugin import logger
 
 
 def use_vllm_log() -> None:
     """Send what the rest of this package logs to vLLM's log; safe to repeat."""
-    vllm_log, ours = logging.getLogger("vllm"), logging.getLogger("vllm_efa_ep")
-    config = get_current_vllm_config_or_none()
-    if not vllm_log.handlers and config is not None:
-        # The workers of vLLM 0.32's first Ray executor are without a log otherwise.
-        configure_logging(config.logging_config)
-    ours.handlers = vllm_log.handlers
+    ours = logging.getLogger("vllm_efa_ep")
+    ours.handlers = logging.getLogger("vllm").handlers
     ours.propagate = False
 
 

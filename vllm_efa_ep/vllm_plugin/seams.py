@@ -120,8 +120,6 @@ MOE_SEAMS = (
         ("A", "A_scale", "quant_dtype", "per_act_token_quant", "block_shape"),
     ),
     Seam(f"{_MOE}.utils", "normalize_batched_scales_shape", ("scales", "num_experts")),
-    Seam("vllm.config", "get_current_vllm_config_or_none"),
-    Seam("vllm.logger", "configure_logging", ("config",)),
     Seam("vllm.v1.worker.ubatching", "dbo_current_ubatch_id"),
     Seam("vllm.v1.worker.ubatching", "dbo_maybe_run_recv_hook"),
 )
@@ -135,19 +133,15 @@ CPU_MOE_SEAMS = (
 )
 """Used by ``moe_patches`` on the CPU platform."""
 
-CPU_RAY_SEAMS = (
-    Seam("vllm.platforms.interface", "Platform.ray_device_key"),
-    Seam("vllm.v1.executor.ray_executor", "RayDistributedExecutor._init_executor", ("self",)),
-    Seam("vllm.v1.executor.ray_executor", "RayWorkerWrapper"),
-)
-"""Used by ``cpu_ray_executor``; vLLM 0.32 only."""
+RAY_ENGINE_SEAMS = (Seam("vllm.v1.engine.core", "DPEngineCoreProc.run_busy_loop", ("self",)),)
+"""Used by ``ray_patches`` in the actors of data-parallel engines."""
 
-CPU_RAY_V2_SEAMS = (
+CPU_RAY_SEAMS = (
     Seam("vllm.platforms.interface", "Platform.ray_device_key"),
     Seam("vllm.v1.executor.ray_executor_v2", "RayExecutorV2._init_executor", ("self",)),
     Seam("vllm.v1.executor.ray_executor_v2", "RayWorkerProc"),
 )
-"""Used by ``cpu_ray_executor_v2``."""
+"""Used by ``cpu_ray_executor``."""
 
 
 def problems(seams: Iterable[Seam]) -> list[str]:
