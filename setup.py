@@ -1,5 +1,7 @@
 """Builds the extension module ``vllm_efa_ep._core`` with CMake; everything else is in pyproject.toml."""
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ class CMakeBuild(build_ext):
         configure = [
             *(cmake_program, "-S", SOURCE, "-B", build_directory, "-G", "Ninja"),
             f"-DPython_EXECUTABLE={sys.executable}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),  # e.g. -DEFA_EP_CUDA_ARCHITECTURES="80;90a"
             f"-DCMAKE_INSTALL_PREFIX={destination.parent}",
         ]
         subprocess.run(configure, check=True)

@@ -28,6 +28,12 @@ class FabricUnavailableError : public Error {
   using Error::Error;
 };
 
+/// The CUDA driver or runtime refused a call; the text has its reason.
+class CudaError : public Error {
+ public:
+  using Error::Error;
+};
+
 /// The network reported a failed operation. `peer` is the rank at its other end, or -1 if unknown.
 class TransportError : public Error {
  public:

@@ -28,7 +28,13 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module that defines a public name."""
+    """Import the module that defines a public name.
+
+    ``__cuda__``: the GPUs this build has kernels for, ``("sm_90a", ...)``; empty for a build for CPUs.
+    """
+    if name == "__cuda__":
+        architectures: str = import_module(f"{__name__}._core").cuda_architectures
+        return tuple(filter(None, architectures.split(",")))
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

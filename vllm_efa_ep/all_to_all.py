@@ -29,6 +29,7 @@ from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 from vllm_efa_ep.generation import Generation
 from vllm_efa_ep.memory_plan import MemoryPlan
 from vllm_efa_ep.placement import experts_of
+from vllm_efa_ep.rank_memory import resolve_device
 from vllm_efa_ep.recovery import Generations
 from vllm_efa_ep.stats import Stats
 
@@ -88,8 +89,10 @@ class AllToAll:
         self.world = self._generations.current().world
         self.local_experts = experts_of(config.placement(self.world.size), self.world.rank)
         self._plan = config.memory_plan(self.world.size, self.world.ranks_per_node)
+        memory = self._generations.current().connection.memory
+        self._device = memory.device
         self._buffers = [
-            OutputBuffers(config, len(self.local_experts), self.expert_capacity)
+            OutputBuffers(config, len(self.local_experts), self.expert_capacity, memory)
             for _ in range(config.channels)
         ]
 
@@ -169,18 +172,22 @@ class AllToAll:
         generation = self._on(channel)
         tokens = x.shape[0] if x.ndim > 0 else 0
         config = self.config
-        check("x", x, (tokens, config.columns), (config.dtype,))
+        check("x", x, (tokens, config.columns), (config.dtype,), self._device)
         if x.stride() != generation.activations[channel].stride():  # rows elsewhere must lie side by side
             x = x.contiguous()
-        topk_ids = checked("topk_ids", topk_ids, (tokens, config.top_k), (torch.int32, torch.int64))
-        topk_weights = checked("topk_weights", topk_weights, (tokens, config.top_k), (torch.float32,))
+        topk_ids = checked(
+            "topk_ids", topk_ids, (tokens, config.top_k), (torch.int32, torch.int64), self._device
+        )
+        topk_weights = checked(
+            "topk_weights", topk_weights, (tokens, config.top_k), (torch.float32,), self._device
+        )
         if (scales is not None) != (config.scale_columns > 0):
             raise ConfigurationError(
                 f"scales are {'given' if scales is not None else 'missing'}, but scale_columns is "
                 f"{config.scale_columns}; pass float32 scales [tokens, scale_columns] exactly if it is not 0"
             )
         if scales is not None:
-            scales = checked("scales", scales, (tokens, config.scale_columns), (torch.float32,))
+            scales = checked("scales", scales, (tokens, config.scale_columns), (torch.float32,), self._device)
         generation.call(
             lambda device: device.dispatch_send(
                 channel,
@@ -246,7 +253,7 @@ class AllToAll:
                 "expert_output [M, H] is summed over experts, so combine cannot weight it any more; apply "
                 "the weights in the experts, or pass [M, K, H]"
             )
-        expert_output = checked("expert_output", expert_output, shape, (config.combine_dtype,))
+        expert_output = checked("expert_output", expert_output, shape, (config.combine_dtype,), self._device)
         applied = summed if weights_applied is None else weights_applied
         generation.call(
             lambda device: device.combine_send(handle.channel, expert_output.data_ptr(), per_slot, applied)
@@ -269,8 +276,8 @@ class AllToAll:
         generation = self._in_flight(handle)
         shape = (handle.tokens, self.config.hidden_size)
         if out is None:
-            out = torch.empty(shape, dtype=self.config.combine_dtype)
-        elif checked("out", out, shape, (self.config.combine_dtype,)) is not out:
+            out = torch.empty(shape, dtype=self.config.combine_dtype, device=self._device)
+        elif checked("out", out, shape, (self.config.combine_dtype,), self._device) is not out:
             raise ConfigurationError(
                 "out must be contiguous, since it is written in place; pass out.contiguous()"
             )
@@ -304,6 +311,17 @@ class AllToAll:
     def active_ranks(self) -> tuple[int, ...]:
         """Return the live ranks, ascending: those that the last mask agreed on."""
         return self._generations.current().membership.members
+
+    def lost_ranks(self) -> tuple[int, ...]:
+        """Return the ranks left out by the last mask and those whose end was noticed since. Asks nobody."""
+        generation = self._generations.current()
+        gone = {*range(self.world_size)} - {*generation.membership.members} | generation.connection.watch.gone
+        return tuple(sorted(gone))
+
+    @property
+    def failed(self) -> bool:
+        """Whether a half has failed, so that all of them raise until ``mask``."""
+        return self._generations.current().failure is not None
 
     @property
     def incarnation(self) -> int:
@@ -421,6 +439,7 @@ def _must_agree(config: AllToAllConfig, settings: Settings) -> dict[str, object]
     wanted = {name: str(value) for name, value in asdict(config).items()}
     return {
         **wanted,
+        "device": resolve_device(config.device),
         "EFA_EP_CHUNK_BYTES": settings.chunk_bytes,
         "EFA_EP_RANKS_PER_NODE": settings.ranks_per_node,
         "vllm_efa_ep version": __version__,

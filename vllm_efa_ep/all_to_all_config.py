@@ -45,6 +45,8 @@ class AllToAllConfig:
         layout: ``per_token``: received rows ``[M, H]``. ``per_expert``: ``[experts, capacity, H]``.
         channels: Rounds that can be in flight at once, 1 or 2.
         expert_to_rank: Owner rank of every expert; None places them linearly.
+        device: Where tokens are: ``cpu``, ``cuda`` (torch's current GPU), or ``auto``: cuda if torch
+            has it.
 
     """
 
@@ -59,6 +61,7 @@ class AllToAllConfig:
     layout: Layout = "per_token"
     channels: int = 1
     expert_to_rank: tuple[int, ...] | None = None
+    device: str = "auto"
 
     @property
     def columns(self) -> int:
@@ -107,6 +110,7 @@ class AllToAllConfig:
         _check_range("hidden_size", self.hidden_size, 1, 2**20)
         _check_range("payload_columns", self.columns, 1, 2**20)
         _check_range("scale_columns", self.scale_columns, 0, 2**16)
+        _check_choice("device", self.device, ("auto", "cpu", "cuda"))
         _check_choice("layout", self.layout, ("per_token", "per_expert"))
         _check_choice("dtype", self.dtype, _PAYLOAD_TYPES)
         _check_choice("combine_dtype", self.combine_dtype, tuple(COMBINE_TYPES))

@@ -6,20 +6,30 @@ from vllm_efa_ep.errors import ConfigurationError
 
 
 def checked(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
 ) -> torch.Tensor:
     """Return the tensor, contiguous, if ``check`` has nothing to say."""
-    check(name, tensor, shape, dtypes)
+    check(name, tensor, shape, dtypes, device)
     return tensor.contiguous()
 
 
-def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+def check(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
     """Raise ``ConfigurationError``, with the remedy, if shape, dtype or device are wrong."""
-    if tensor.is_cpu and tensor.dtype in dtypes and tensor.shape == shape:
+    if tensor.device == device and tensor.dtype in dtypes and tensor.shape == shape:
         return
-    if tensor.device.type != "cpu":
+    if tensor.device != device:
         raise ConfigurationError(
-            f"{name} is on {tensor.device}, but this instance runs on cpu; move it with .cpu()"
+            f"{name} is on {tensor.device}, but this instance runs on {device}; move it there with .to()"
         )
     if tensor.dtype not in dtypes:
         accepted = " or ".join(map(str, dtypes))

@@ -192,6 +192,26 @@ SETTINGS: tuple[Setting, ...] = (
         minimum=16,
     ),
     Setting(
+        "EFA_EP_GPU_SIGNALS",
+        "gpu_signals",
+        "string",
+        "auto",
+        "",
+        "Where GPU kernels poll for arrivals. `gdrcopy`: in GPU memory, written through GDRCopy. `pinned`: "
+        "in host memory, over PCIe. `auto`: `gdrcopy` where library and driver are there, which is logged.",
+        choices=("auto", "gdrcopy", "pinned"),
+    ),
+    Setting(
+        "EFA_EP_NUM_SMS",
+        "num_sms",
+        "integer",
+        16,
+        "SMs",
+        "Most blocks of a GPU kernel of a half, at most one of which per SM works.",
+        minimum=1,
+        maximum=1024,
+    ),
+    Setting(
         "EFA_EP_STATS_DIR",
         "stats_dir",
         "string",
@@ -220,6 +240,8 @@ class Settings:
     signal_policy: str = "counted"
     chunk_bytes: int = 256 * 1024
     ring_commands: int = 4096
+    gpu_signals: str = "auto"
+    num_sms: int = 16
     stats_dir: str = ""
 
     @classmethod

@@ -8,6 +8,7 @@ from vllm_efa_ep import _core
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.descriptors import DescriptorExchange
 from vllm_efa_ep.config import Settings
+from vllm_efa_ep.rank_memory import Arena, RankMemory
 from vllm_efa_ep.watch import CheckWait, Watch, start_watch
 from vllm_efa_ep.world import World, agree
 
@@ -39,7 +40,8 @@ class Connection:
 
     def __init__(
         self,
-        arenas: list[_core.Arena],
+        memory: RankMemory,
+        arenas: list[Arena],
         index: int,
         fabric: _core.SignalPolicy | None,
         proxy: _core.Proxy | None,
@@ -47,13 +49,14 @@ class Connection:
     ) -> None:
         """Take over connected parts; ``arenas`` has one entry per rank of the node, ``index`` is the own."""
         self.watch = watch
+        self.memory = memory
         self.arenas = arenas
         self._index = index
         self._fabric = fabric
         self.proxy = proxy
 
     @property
-    def arena(self) -> _core.Arena:
+    def arena(self) -> Arena:
         """The own arena."""
         return self.arenas[self._index]
 
@@ -82,10 +85,16 @@ class Connection:
         self.proxy = None
         self._fabric = None
         self.arenas = []
+        self.memory.close()
 
 
 def connect(
-    world: World, layout: _core.Layout, bootstrap: Bootstrap, settings: Settings, timeout_s: float
+    world: World,
+    layout: _core.Layout,
+    bootstrap: Bootstrap,
+    settings: Settings,
+    timeout_s: float,
+    memory: RankMemory,
 ) -> Connection:
     """Collective: allocate this rank's arena, map its node's, connect its rail, and watch the other ranks.
 
@@ -94,31 +103,33 @@ def connect(
         FabricUnavailableError: This rank has no usable network.
 
     """
-    arenas = _share_memory(world, layout, bootstrap, timeout_s)
+    arenas = _share_memory(world, layout, bootstrap, timeout_s, memory)
     fabric, proxy = None, None
     if world.nodes > 1:
-        fabric, proxy = _join_fabric(world, arenas[world.index], layout, bootstrap, settings, timeout_s)
+        fabric, proxy = _join_fabric(
+            world, arenas[world.index], layout, bootstrap, settings, timeout_s, memory
+        )
     watch = start_watch(world, bootstrap, timeout_s, settings.host_timeout_s)
-    return Connection(arenas, world.index, fabric, proxy, watch)
+    return Connection(memory, arenas, world.index, fabric, proxy, watch)
 
 
 def _share_memory(
-    world: World, layout: _core.Layout, bootstrap: Bootstrap, timeout_s: float
-) -> list[_core.Arena]:
+    world: World, layout: _core.Layout, bootstrap: Bootstrap, timeout_s: float, memory: RankMemory
+) -> list[Arena]:
     with ExitStack() as cleanup:
 
-        def allocate() -> tuple[tuple[_core.Arena, DescriptorExchange], bytes]:
+        def allocate() -> tuple[tuple[Arena, DescriptorExchange], bytes]:
             exchange = cleanup.enter_context(closing(DescriptorExchange(world.index, world.ranks_per_node)))
-            return (_core.Arena.create(layout.total_bytes), exchange), exchange.invitation.encode()
+            return (memory.create(layout.total_bytes), exchange), exchange.invitation.encode()
 
         (own, exchange), told = agree(bootstrap, "allocating memory", allocate)
         invitations = [told[rank].decode() for rank in world.node_ranks]
 
-        def map_peers() -> tuple[dict[int, _core.Arena], bytes]:
+        def map_peers() -> tuple[dict[int, Arena], bytes]:
             descriptors = exchange.exchange(own.descriptor, invitations, timeout_s)
             for descriptor in descriptors.values():
                 cleanup.callback(os.close, descriptor)
-            peers = {index: _core.Arena.map(each, layout.total_bytes) for index, each in descriptors.items()}
+            peers = {index: memory.map(each, own.bytes) for index, each in descriptors.items()}
             return {world.index: own, **peers}, b""
 
         arenas, _ = agree(bootstrap, "sharing memory inside the node", map_peers)
@@ -127,11 +138,12 @@ def _share_memory(
 
 def _join_fabric(
     world: World,
-    arena: _core.Arena,
+    arena: Arena,
     layout: _core.Layout,
     bootstrap: Bootstrap,
     settings: Settings,
     timeout_s: float,
+    memory: RankMemory,
 ) -> tuple[_core.SignalPolicy, _core.Proxy]:
     def open_fabric() -> tuple[_core.SignalPolicy, bytes]:
         network = _core.LibfabricFabric(
@@ -143,9 +155,10 @@ def _join_fabric(
             ranks_on_host=world.ranks_on_host,
             fence=settings.signal_policy == "nic_ordered",
             peers=world.nodes - 1,
+            **memory.fabric_arguments(),
         )
         fabric = _core.SignalPolicy.create(settings.signal_policy, network)
-        fabric.register_memory(arena)
+        memory.register(fabric, arena)
         return fabric, fabric.address()
 
     fabric, addresses = agree(bootstrap, "opening the fabric", open_fabric)
@@ -153,16 +166,16 @@ def _join_fabric(
     def connect_rail() -> tuple[_core.Proxy, bytes]:
         for rank in world.rail_peers:
             fabric.connect(rank, addresses[rank])
-        proxy = _core.Proxy(
-            fabric=fabric,
-            arena=arena,
-            layout=layout,
-            rank=world.rank,
-            chunk_bytes=settings.chunk_bytes,
-            ring_commands=settings.ring_commands,
-            timeout_s=timeout_s,
-            own_core=len(os.sched_getaffinity(0)) >= 2 * world.ranks_on_host,
-        )
+        arguments = {
+            "fabric": fabric,
+            "layout": layout,
+            "rank": world.rank,
+            "chunk_bytes": settings.chunk_bytes,
+            "ring_commands": settings.ring_commands,
+            "timeout_s": timeout_s,
+            "own_core": len(os.sched_getaffinity(0)) >= 2 * world.ranks_on_host,
+        }
+        proxy = _core.Proxy(**{**arguments, **memory.proxy_arguments(arena, layout)})
         return proxy, b""
 
     # Nobody writes before every target knows every initiator: EFA drops writes of strangers.

@@ -1,10 +1,12 @@
 """The received rows of a round, and the buffers they lie in."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from vllm_efa_ep.all_to_all_config import AllToAllConfig
+from vllm_efa_ep.rank_memory import RankMemory
 
 
 class Dispatched(NamedTuple):
@@ -34,18 +36,19 @@ class Dispatched(NamedTuple):
 class OutputBuffers:
     """A channel's received rows. Kept from round to round: fresh memory would cost more than the copies."""
 
-    def __init__(self, config: AllToAllConfig, local_experts: int, capacity: int) -> None:
-        """Allocate for ``local_experts`` experts of at most ``capacity`` rows each."""
+    def __init__(self, config: AllToAllConfig, local_experts: int, capacity: int, memory: RankMemory) -> None:
+        """Allocate for ``local_experts`` experts of at most ``capacity`` rows each, where ``memory`` is."""
         self._config = config
         self._capacity = capacity
-        self._tokens_per_expert = torch.zeros(local_experts, dtype=torch.int32)
+        self._device = memory.device
+        self._tokens_per_expert = torch.zeros(local_experts, dtype=torch.int32, device=self._device)
         self.rows = 0  # of the round in flight
         if config.layout == "per_expert":
             self.room = capacity
             self._allocate((local_experts, capacity), with_routing=False)
         else:
-            self.room = 0
-            self._allocate((0,), with_routing=True)
+            self.room = memory.first_room(capacity)
+            self._allocate((self.room,), with_routing=True)
 
     def grow(self, rows: int) -> None:
         """Make room for ``rows`` rows, at least."""
@@ -67,14 +70,12 @@ class OutputBuffers:
         )
 
     def _allocate(self, shape: tuple[int, ...], with_routing: bool) -> None:
-        config = self._config
+        config, empty = self._config, partial(torch.empty, device=self._device)
         self._whole = whole = Dispatched(
-            torch.empty((*shape, config.columns), dtype=config.dtype),
-            torch.empty((*shape, config.scale_columns), dtype=torch.float32)
-            if config.scale_columns
-            else None,
-            torch.empty((*shape, config.top_k), dtype=torch.int32) if with_routing else None,
-            torch.empty((*shape, config.top_k), dtype=torch.float32) if with_routing else None,
+            empty((*shape, config.columns), dtype=config.dtype),
+            empty((*shape, config.scale_columns), dtype=torch.float32) if config.scale_columns else None,
+            empty((*shape, config.top_k), dtype=torch.int32) if with_routing else None,
+            empty((*shape, config.top_k), dtype=torch.float32) if with_routing else None,
             self._tokens_per_expert,
         )
         tensors = (whole.x, whole.scales, whole.topk_ids, whole.topk_weights, whole.tokens_per_expert)

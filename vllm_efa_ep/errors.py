@@ -23,6 +23,14 @@ class FabricUnavailableError(EfaEpError, RuntimeError):
     """No usable libfabric, provider or network interface on this machine."""
 
 
+class DeviceUnavailableError(EfaEpError, RuntimeError):
+    """No usable GPU, or its driver lacks something; the message names it and the remedy."""
+
+
+class CudaError(EfaEpError, RuntimeError):
+    """The CUDA driver or runtime refused a call; the message has its reason."""
+
+
 class TransportError(EfaEpError, ConnectionError):
     """The network reported a failed operation.
 

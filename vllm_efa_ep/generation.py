@@ -28,6 +28,7 @@ from vllm_efa_ep.errors import (
     TransportError,
 )
 from vllm_efa_ep.membership import Membership
+from vllm_efa_ep.rank_memory import Halves, memory_for, resolve_device
 from vllm_efa_ep.stand_in import StandIn, servers
 from vllm_efa_ep.stats import Totals
 from vllm_efa_ep.watch import Watch
@@ -66,13 +67,13 @@ class Generation:
         ]
         # Without a reference to this instance, which would keep itself alive through the device.
         self._check_wait = partial(_check_wait, self.stand_ins, self.connection.watch)
-        self._device: _core.CpuDevice | None = _core.CpuDevice(
-            **_device_arguments(config, settings, owners, *position), check_wait=self._check_wait
+        self._device: Halves | None = self.connection.memory.make_halves(
+            _device_arguments(config, settings, owners, *position), self._check_wait
         )
         layout = config.core_layout(self.world.size, self.world.ranks_per_node)
-        arena = self.connection.arena
-        self.activations = [activations(arena, layout, channel, config) for channel in range(config.channels)]
-        self.results = [results(arena, layout, channel, config) for channel in range(config.channels)]
+        channels = range(config.channels)
+        self.activations = [activations(self.connection, layout, channel, config) for channel in channels]
+        self.results = [results(self.connection, layout, channel, config) for channel in channels]
 
     def start_round(self, channel: int) -> int:
         """Count a round that this rank has begun, let its stand-ins begin it, and return its number."""
@@ -81,7 +82,7 @@ class Generation:
         self.rounds[channel] += 1
         return self.rounds[channel]
 
-    def call(self, half: Callable[[_core.CpuDevice], _Result]) -> _Result:
+    def call(self, half: Callable[[Halves], _Result]) -> _Result:
         """Run a half. Any failure but a refused argument ends this generation; the rank at fault is named."""
         device = self._open_device()
         try:
@@ -130,7 +131,7 @@ class Generation:
             self.stand_ins.pop().close()
         self.connection.close()
 
-    def _open_device(self) -> _core.CpuDevice:
+    def _open_device(self) -> Halves:
         if self._device is None:
             raise ConfigurationError("this AllToAll is closed; build a new one")
         return self._device
@@ -170,6 +171,10 @@ def build_generation(
 
     Every position is connected as at the start, each in a thread of its own.
     """
+    if resolve_device(config.device) != "cpu" and len(membership.members) < bootstrap.world_size:
+        raise ConfigurationError(
+            "lost ranks have no stand-ins on GPUs; let them come back (rejoin), or restart without them"
+        )
     settings = replace(settings, ranks_per_node=membership.ranks_per_node)
     server_of = servers(bootstrap.world_size, membership.ranks_per_node, membership.members)
     own = [rank for rank, server in enumerate(server_of) if server == bootstrap.rank]
@@ -207,7 +212,8 @@ def _take_position(
     world = join_world(bootstrap, must_agree, settings.ranks_per_node, server_of)
     config.check(world.size, world.ranks_per_node)
     layout = config.core_layout(world.size, world.ranks_per_node)
-    return world, connect(world, layout, bootstrap, settings, _wait_seconds(settings))
+    memory = memory_for(resolve_device(config.device), settings)
+    return world, connect(world, layout, bootstrap, settings, _wait_seconds(settings), memory)
 
 
 def _device_arguments(

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "bindings/common.h"
 #include "cpu/device.h"
 #include "cpu/stand_in.h"
 #include "errors.h"
@@ -22,19 +23,9 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace efa_ep;
+using namespace efa_ep::bindings;
 
 namespace {
-
-using ReleaseLock = nb::call_guard<nb::gil_scoped_release>;
-
-std::chrono::nanoseconds seconds(double value) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(value));
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 nb::object python_error(const char* name) { return nb::module_::import_("vllm_efa_ep.errors").attr(name); }
 
@@ -54,6 +45,8 @@ void translate(const std::exception_ptr& pointer, void*) {
     raise("ConfigurationError", error);
   } catch (const FabricUnavailableError& error) {
     raise("FabricUnavailableError", error);
+  } catch (const CudaError& error) {
+    raise("CudaError", error);
   } catch (const TransportError& error) {
     raise(python_error("TransportError")(error.what(), error.peer));
   } catch (const RankTimeoutError& error) {
@@ -146,6 +139,8 @@ void bind_protocol(nb::module_& m) {
           nb::kw_only(), "world"_a, "ranks_per_node"_a, "top_k"_a, "payload_bytes"_a, "scale_bytes"_a,
           "combine_bytes"_a, "max_tokens"_a, "channels"_a)
       .def_prop_ro("total_bytes", &Layout::total_bytes)
+      .def_prop_ro("signal_bytes", &Layout::signal_bytes)
+      .def_prop_ro("top_k", [](const Layout& layout) { return layout.row.top_k; })
       .def_prop_ro("dispatch_row_bytes", &Layout::dispatch_row)
       .def_prop_ro("combine_row_bytes", &Layout::combine_row)
       .def_ro("channels", &Layout::channels)
@@ -190,6 +185,13 @@ void bind_fabric(nb::module_& m) {
           "register_memory",
           [](Fabric& fabric, const Arena& arena) { fabric.register_memory(arena.data(), arena.bytes()); },
           "arena"_a, nb::keep_alive<1, 2>())
+      .def(
+          "register_device_memory",
+          [](Fabric& fabric, uintptr_t address, size_t bytes, int dmabuf, int device) {
+            fabric.register_device_memory({pointer<std::byte>(address), bytes, dmabuf, device});
+          },
+          "address"_a, "bytes"_a, "dmabuf"_a, "device"_a,
+          "The memory outlives the fabric. `dmabuf` is used during the call only; -1: none.")
       .def("address",
            [](const Fabric& fabric) {
              const std::vector<std::byte> bytes = fabric.address();
@@ -205,18 +207,22 @@ void bind_fabric(nb::module_& m) {
       .def(
           "__init__",
           [](LibfabricFabric* self, std::string provider, std::string library, std::string interface,
-             uint32_t nics, uint32_t rank_on_host, uint32_t ranks_on_host, bool fence, uint32_t peers) {
+             uint32_t nics, uint32_t rank_on_host, uint32_t ranks_on_host, bool fence, uint32_t peers,
+             std::vector<std::string> rdma_devices, bool device_memory) {
             new (self) LibfabricFabric(LibfabricOptions{.provider = std::move(provider),
                                                         .library = std::move(library),
                                                         .interface = std::move(interface),
                                                         .nics = nics,
                                                         .local_rank = rank_on_host,
                                                         .ranks_on_host = ranks_on_host,
+                                                        .rdma_devices = std::move(rdma_devices),
                                                         .fence = fence,
+                                                        .device_memory = device_memory,
                                                         .peers = peers});
           },
           nb::kw_only(), "provider"_a, "library"_a, "interface"_a, "nics"_a, "rank_on_host"_a,
-          "ranks_on_host"_a, "fence"_a, "peers"_a);
+          "ranks_on_host"_a, "fence"_a, "peers"_a, "rdma_devices"_a = std::vector<std::string>{},
+          "device_memory"_a = false);
 }
 
 void bind_signals(nb::module_& m) {
@@ -230,45 +236,33 @@ void bind_signals(nb::module_& m) {
       .def("counters", [](const SignalPolicy& policy) { return counters_of(policy); });
 }
 
-// Runs Python's signal handlers while a thread waits, so that Ctrl-C and SIGTERM end the wait at once. What
-// it waited for goes along as a note of the handler's exception.
-void check_signals(const Wait& wait) {
-  if (PyErr_CheckSignals() == 0) return;
-  nb::python_error error;
-  nb::list notes;
-  notes.append(wait.describe());
-  error.value().attr("__notes__") = notes;
-  error.restore();
-  nb::raise_python_error();
-}
-
-// `check_wait(half, round, description)` raises to end a wait.
-using CheckWait = nb::typed<nb::callable, void(std::string, uint32_t, std::string)>;
-
-InterruptCheck interrupt_check(CheckWait check_wait) {
-  return [check_wait = std::move(check_wait)](const Wait& wait) {
-    const nb::gil_scoped_acquire lock;
-    check_signals(wait);
-    check_wait(wait.half, wait.round, wait.describe());
-  };
-}
-
 void bind_proxy(nb::module_& m) {
+  nb::class_<CommandSource>(m, "CommandSource");
   nb::class_<Proxy>(m, "Proxy")
       .def(
           "__init__",
-          [](Proxy* self, Fabric& fabric, const Arena& arena, const Layout& layout, uint32_t rank,
-             uint64_t chunk_bytes, uint32_t ring_commands, double timeout_s, bool own_core) {
-            new (self) Proxy(fabric, arena.data(),
+          [](Proxy* self, Fabric& fabric, const Arena* arena, const Layout& layout, uint32_t rank,
+             uint64_t chunk_bytes, uint32_t ring_commands, double timeout_s, bool own_core,
+             CommandSource* commands, uintptr_t signals, bool signals_combine_writes,
+             std::vector<uint32_t> cpus) {
+            if (arena == nullptr && signals == 0)
+              throw ConfigurationError("a proxy needs an arena, or a place for its signals");
+            new (self) Proxy(fabric, arena == nullptr ? nullptr : arena->data(),
                              {.layout = layout,
                               .rank = rank,
                               .chunk_bytes = chunk_bytes,
                               .ring_commands = ring_commands,
                               .timeout = seconds(timeout_s),
-                              .own_core = own_core});
+                              .own_core = own_core,
+                              .commands = commands,
+                              .signals = pointer<std::byte>(signals),
+                              .signals_combine_writes = signals_combine_writes,
+                              .cpus = std::move(cpus)});
           },
-          nb::kw_only(), "fabric"_a, "arena"_a, "layout"_a, "rank"_a, "chunk_bytes"_a, "ring_commands"_a,
-          "timeout_s"_a, "own_core"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+          nb::kw_only(), "fabric"_a, "arena"_a.none(), "layout"_a, "rank"_a, "chunk_bytes"_a,
+          "ring_commands"_a, "timeout_s"_a, "own_core"_a, "commands"_a.none() = nb::none(), "signals"_a = 0,
+          "signals_combine_writes"_a = false, "cpus"_a = std::vector<uint32_t>{}, nb::keep_alive<1, 2>(),
+          nb::keep_alive<1, 3>(), nb::keep_alive<1, 10>())
       .def("counters", [](const Proxy& proxy) { return counters_of(proxy); })
       .def(
           "drain",
@@ -413,5 +407,6 @@ NB_MODULE(_core, m) {
   bind_signals(m);
   bind_proxy(m);
   bind_device(m);
+  bind_cuda(m);
   bind_stand_in(m);
 }

@@ -8,7 +8,7 @@
 
 // One build for every x86-64, with the widest vectors of the CPU chosen at load time. Sanitizers instrument
 // the resolvers that choose, before their own run time is up, so their builds have the baseline only.
-#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && !defined(EFA_EP_SANITIZED)
 #define EFA_EP_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define EFA_EP_VECTORISED

@@ -5,12 +5,9 @@
 #include <cstdint>
 #include <span>
 
+#include "protocol/scalar_type.h"
+
 namespace efa_ep {
-
-/// Element type of combine rows.
-enum class ScalarType : uint8_t { kBfloat16, kFloat16, kFloat32 };
-
-constexpr size_t scalar_bytes(ScalarType type) { return type == ScalarType::kFloat32 ? 4 : 2; }
 
 /// One summand of a row sum.
 struct WeightedRow {

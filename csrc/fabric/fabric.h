@@ -19,6 +19,8 @@
 #include <string>
 #include <vector>
 
+#include "errors.h"
+
 namespace efa_ep {
 
 /// What of its sender's is posted in full with this write: how signal policies know what shares a wait.
@@ -76,6 +78,14 @@ struct FabricDescription {
   bool honours_fence = false;  ///< WriteRequest::fence works
 };
 
+/// Memory of a GPU, which the CPU need not be able to read.
+struct DeviceRange {
+  std::byte* base = nullptr;  ///< the device's address
+  size_t bytes = 0;
+  int dmabuf = -1;     ///< a dma-buf of exactly this range, only used during the call; -1: none
+  int64_t device = 0;  ///< CUDA's number of the GPU
+};
+
 class Fabric {
  public:
   Fabric() = default;
@@ -88,6 +98,12 @@ class Fabric {
 
   /// Registers this rank's memory on every rail. Once, before address().
   virtual void register_memory(std::byte* base, size_t bytes) = 0;
+
+  /// The same for memory of a GPU. Throws ConfigurationError on fabrics that know none, and
+  /// FabricUnavailableError naming what the machine lacks.
+  virtual void register_device_memory(const DeviceRange&) {
+    throw ConfigurationError("this fabric cannot register GPU memory");
+  }
 
   /// What a peer needs to write here (endpoint names, remote keys, base addresses), as opaque bytes.
   virtual std::vector<std::byte> address() const = 0;

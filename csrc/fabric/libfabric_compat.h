@@ -8,6 +8,7 @@
 #include <rdma/fi_eq.h>
 
 #include <cstddef>
+#include <cstdint>
 
 namespace efa_ep::libfabric_compat {
 
@@ -21,6 +22,17 @@ inline constexpr int kOptEfaHomogeneousPeers = 7 - 0xefa0000;  ///< 2.2, bool
 /// needed.
 inline constexpr auto kProgressControlUnified = static_cast<fi_progress>(3);
 inline constexpr uint32_t kProgressControlUnifiedSince = FI_VERSION(1, 22);
+
+/// fi_mr_dmabuf, and the flag of fi_mr_regattr that says that attr.dmabuf, in the place of attr.mr_iov,
+/// points to one. The region's addresses start at base_addr + offset.
+struct MrDmabuf {
+  int fd;
+  uint64_t offset;
+  size_t len;
+  void* base_addr;
+};
+inline constexpr uint64_t kMrDmabuf = uint64_t{1} << 40;
+inline constexpr uint32_t kMrDmabufSince = FI_VERSION(1, 20);
 
 /// fi_mr_attr with room for the fields that newer libraries read behind it; zero means "not used".
 struct MrAttr {

@@ -33,10 +33,20 @@ LibfabricFabric::LibfabricFabric(const LibfabricOptions& options) {
   identity_.address_format = rail.address_format();
 }
 
-void LibfabricFabric::register_memory(std::byte* base, size_t bytes) {
+void LibfabricFabric::require_unregistered(size_t bytes) const {
   if (identity_.memory_bytes != 0)
     throw ConfigurationError("register_memory() was called before; a rank has one arena");
   if (bytes == 0) throw ConfigurationError("register_memory() needs at least one byte");
+}
+
+void LibfabricFabric::register_device_memory(const DeviceRange& range) {
+  require_unregistered(range.bytes);
+  for (const auto& rail : rails_) rail->register_device_memory(range);
+  identity_.memory_bytes = range.bytes;
+}
+
+void LibfabricFabric::register_memory(std::byte* base, size_t bytes) {
+  require_unregistered(bytes);
   for (const auto& rail : rails_) rail->register_memory(base, bytes);
   identity_.memory_bytes = bytes;
 }

@@ -20,6 +20,7 @@ class LibfabricFabric final : public Fabric {
 
   const FabricDescription& description() const override { return description_; }
   void register_memory(std::byte* base, size_t bytes) override;
+  void register_device_memory(const DeviceRange& range) override;
   std::vector<std::byte> address() const override;
   void connect(uint32_t peer, std::span<const std::byte> address) override;
   PostResult post_write(const WriteRequest& request) override;
@@ -27,6 +28,7 @@ class LibfabricFabric final : public Fabric {
 
  private:
   FabricAddress own_address() const;
+  void require_unregistered(size_t bytes) const;
 
   FabricDescription description_;
   FabricAddress identity_;  // what does not depend on the registered memory

@@ -67,11 +67,14 @@ InfoPtr duplicate(const fi_info* info) {
 }
 
 InfoPtr make_hints(const Candidate& candidate, uint64_t capabilities, uint64_t mode) {
+  // EFA grants FI_HMEM only together with FI_MR_HMEM, which says that such memory will be registered as such.
+  const int device_memory_mode = (capabilities & FI_HMEM) != 0 ? FI_MR_HMEM : 0;
   InfoPtr hints = duplicate(nullptr);
   hints->caps = capabilities;
   hints->mode = mode;
   hints->ep_attr->type = FI_EP_RDM;
-  hints->domain_attr->mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY;
+  hints->domain_attr->mr_mode =
+      FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY | device_memory_mode;
   hints->domain_attr->threading = FI_THREAD_DOMAIN;
   hints->domain_attr->data_progress = FI_PROGRESS_MANUAL;  // poll() makes it; no thread of the provider's
   hints->domain_attr->av_type = FI_AV_TABLE;
@@ -101,19 +104,21 @@ std::vector<InfoPtr> query(const LibfabricLibrary& library, const Candidate& can
 
 /// All interfaces on which the candidate works, with fences if they are asked for and granted; if there are
 /// none, `tried` gets the reason.
-std::vector<InfoPtr> find_interfaces(const LibfabricLibrary& library, const Candidate& candidate, bool fence,
-                                     std::string& tried) {
-  constexpr uint64_t kNeeded = FI_MSG | FI_RMA;
+std::vector<InfoPtr> find_interfaces(const LibfabricLibrary& library, const Candidate& candidate,
+                                     const LibfabricOptions& options, std::string& tried) {
+  const bool fence = options.fence;
+  const uint64_t needed = FI_MSG | FI_RMA | (options.device_memory ? FI_HMEM : 0);
   // Offering FI_RX_CQ_DATA turns EFA's unsolicited write receive off, and every immediate would consume a
   // posted receive. So it is offered only to devices that cannot do without.
   int result = 0;
   std::vector<InfoPtr> found;
-  if (fence) found = query(library, candidate, kNeeded | FI_FENCE, FI_CONTEXT2, result);
-  if (found.empty()) found = query(library, candidate, kNeeded, FI_CONTEXT2, result);
-  if (result == -FI_ENODATA) found = query(library, candidate, kNeeded, FI_CONTEXT2 | FI_RX_CQ_DATA, result);
+  if (fence) found = query(library, candidate, needed | FI_FENCE, FI_CONTEXT2, result);
+  if (found.empty()) found = query(library, candidate, needed, FI_CONTEXT2, result);
+  if (result == -FI_ENODATA) found = query(library, candidate, needed, FI_CONTEXT2 | FI_RX_CQ_DATA, result);
   if (found.empty()) {
     const std::string& name = candidate.fabric.empty() ? candidate.provider : candidate.fabric;
-    tried += (tried.empty() ? "" : ", ") + name + ": " + libfabric_error(result);
+    tried += (tried.empty() ? "" : ", ") + name + (options.device_memory ? " for GPU memory: " : ": ") +
+             libfabric_error(result);
   }
   return found;
 }
@@ -148,13 +153,22 @@ auto pci_order(const InfoPtr& info) {
                     std::string(info->domain_attr->name));
 }
 
-std::vector<InfoPtr> choose_efa_nics(std::vector<InfoPtr> found, const LibfabricOptions& options) {
+std::vector<InfoPtr> choose_efa_nics(std::vector<InfoPtr> found, const LibfabricOptions& options,
+                                     std::string& note) {
   std::ranges::sort(found, {}, pci_order);
   const auto repeated = std::ranges::unique(found, {}, pci_order);
   found.erase(repeated.begin(), repeated.end());
+  std::vector<std::string> domains;
+  for (const InfoPtr& info : found) domains.emplace_back(info->domain_attr->name);
+  std::vector<size_t> indices = domains_of(domains, options.rdma_devices);
+  if (options.nics > 0 && indices.size() > options.nics) indices.resize(options.nics);
+  if (indices.empty()) {
+    if (!options.rdma_devices.empty())
+      note = "none of the NICs near this rank's GPU (" + join(options.rdma_devices) + ") is usable here";
+    indices = share_of_nics(found.size(), options);
+  }
   std::vector<InfoPtr> chosen;
-  for (const size_t index : share_of_nics(found.size(), options))
-    chosen.push_back(duplicate(found[index].get()));
+  for (const size_t index : indices) chosen.push_back(duplicate(found[index].get()));
   return chosen;
 }
 
@@ -180,7 +194,7 @@ ProviderChoice choose_nics(const Candidate& candidate, std::vector<InfoPtr> foun
   choice.fabric = found.front()->fabric_attr->name;
   choice.fabric_matters = !candidate.fabric.empty();
   choice.note = candidate.note;
-  choice.nics = candidate.provider == "efa" ? choose_efa_nics(std::move(found), options)
+  choice.nics = candidate.provider == "efa" ? choose_efa_nics(std::move(found), options, choice.note)
                                             : choose_interface(found, options);
   return choice;
 }
@@ -189,7 +203,7 @@ ProviderChoice choose_automatically(const LibfabricLibrary& library, const Libfa
   std::string tried;
   for (const char* name : {"efa-direct", "efa"}) {
     const Candidate candidate = candidate_named(name, library);
-    auto found = find_interfaces(library, candidate, options.fence, tried);
+    auto found = find_interfaces(library, candidate, options, tried);
     if (!found.empty()) return choose_nics(candidate, std::move(found), options);
   }
   const std::vector<std::string> devices = efa_devices(options.sysfs_class);
@@ -201,7 +215,7 @@ ProviderChoice choose_automatically(const LibfabricLibrary& library, const Libfa
         "EFA_EP_PROVIDER=tcp to accept TCP instead.");
   }
   const Candidate candidate = candidate_named("tcp", library);
-  auto found = find_interfaces(library, candidate, options.fence, tried);
+  auto found = find_interfaces(library, candidate, options, tried);
   if (!found.empty()) return choose_nics(candidate, std::move(found), options);
   throw FabricUnavailableError(
       "no provider of " + describe(library) + " works on this machine: " + tried +
@@ -227,7 +241,7 @@ ProviderChoice choose_provider(const LibfabricLibrary& library, const LibfabricO
   refuse_unusable(options.provider);
   const Candidate candidate = candidate_named(options.provider, library);
   std::string tried;
-  auto found = find_interfaces(library, candidate, options.fence, tried);
+  auto found = find_interfaces(library, candidate, options, tried);
   if (!found.empty()) return choose_nics(candidate, std::move(found), options);
   const std::set<std::string> known = known_providers(library);
   if (!known.contains(candidate.provider.substr(0, candidate.provider.find(';')))) {
@@ -252,6 +266,16 @@ std::vector<size_t> share_of_nics(size_t available, const LibfabricOptions& opti
   std::vector<size_t> share;
   for (size_t i = 0; i < wanted; ++i) share.push_back((first + i) % available);
   return share;
+}
+
+std::vector<size_t> domains_of(const std::vector<std::string>& domains,
+                               const std::vector<std::string>& rdma_devices) {
+  std::vector<size_t> indices;
+  for (size_t i = 0; i < domains.size(); ++i) {
+    const std::string device = domains[i].substr(0, domains[i].rfind('-'));
+    if (std::ranges::find(rdma_devices, device) != rdma_devices.end()) indices.push_back(i);
+  }
+  return indices;
 }
 
 std::vector<std::string> efa_devices(const std::filesystem::path& sysfs_class) {

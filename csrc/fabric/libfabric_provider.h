@@ -23,7 +23,11 @@ struct LibfabricOptions {
   uint32_t nics = 0;           ///< NICs of this rank; 0: on EFA the host's NICs divided by its ranks, else 1
   uint32_t local_rank = 0;     ///< this rank's number on its host
   uint32_t ranks_on_host = 1;  ///< how many ranks share the host's NICs
+  /// RDMA devices of this rank ("rdmap79s0"), instead of a share of the host's. Only for EFA; empty: a share.
+  /// If the process may use none of them, it takes its share and says so in the description.
+  std::vector<std::string> rdma_devices = {};
   bool fence = false;  ///< ask for FI_FENCE; whether it was granted is FabricDescription::honours_fence
+  bool device_memory = false;  ///< memory of a GPU will be registered: ask for FI_HMEM
   uint32_t peers = 0;  ///< how many peers will be connected; sizes address vectors and completion queues
 
   /// Where the kernel lists devices; tests point it elsewhere.
@@ -51,6 +55,10 @@ ProviderChoice choose_provider(const LibfabricLibrary& library, const LibfabricO
 /// Which of a host's `available` EFA NICs, in PCI order, are this rank's: neighbours, without overlap between
 /// ranks as long as there are enough. Throws ConfigurationError if more are wanted than there are.
 std::vector<size_t> share_of_nics(size_t available, const LibfabricOptions& options);
+
+/// Which of the domains, by name, belong to these RDMA devices: "rdmap79s0-rdm" to "rdmap79s0".
+std::vector<size_t> domains_of(const std::vector<std::string>& domains,
+                               const std::vector<std::string>& rdma_devices);
 
 /// Names of the EFA devices that the kernel lists, usable or not.
 std::vector<std::string> efa_devices(const std::filesystem::path& sysfs_class);

@@ -154,6 +154,48 @@ FidPtr<fid_mr> LibfabricRail::register_piece(void* base, size_t bytes, uint64_t 
   return FidPtr<fid_mr>(region);
 }
 
+FidPtr<fid_mr> LibfabricRail::register_device_piece(const DeviceRange& range, uint64_t piece) const {
+  using namespace libfabric_compat;
+  const uint64_t start = piece * kPieceStride;
+  const uint64_t bytes = std::min<uint64_t>(kMaxPieceBytes, range.bytes - start);
+  const iovec addresses{range.base + start, bytes};
+  const MrDmabuf dmabuf{.fd = range.dmabuf, .offset = start, .len = bytes, .base_addr = range.base};
+  const bool by_dmabuf = range.dmabuf >= 0;
+  MrAttr padded;
+  // attr.dmabuf, which headers before 1.20 do not have, is a union with attr.mr_iov.
+  padded.attr.mr_iov = by_dmabuf ? reinterpret_cast<const iovec*>(&dmabuf) : &addresses;
+  padded.attr.iov_count = 1;
+  padded.attr.access = FI_WRITE | FI_REMOTE_WRITE;
+  padded.attr.requested_key = piece;
+  padded.attr.iface = FI_HMEM_CUDA;
+  padded.attr.device.cuda = static_cast<int>(range.device);
+  fid_mr* region = nullptr;
+  require(fi_mr_regattr(domain_.get(), &padded.attr, by_dmabuf ? kMrDmabuf : 0, &region),
+          "registering " + std::to_string(bytes) + " bytes of GPU " + std::to_string(range.device) +
+              (by_dmabuf ? " by dma-buf" : " by address") + " on " + name(),
+          by_dmabuf ? "Check `ulimit -l unlimited`, and that the kernel (5.12 or newer), the EFA driver and "
+                      "NVIDIA's open kernel modules support dma-buf."
+                    : "The NVIDIA driver exports no dma-buf, so this needs a peer-memory module: load "
+                      "efa_nv_peermem or nvidia-peermem, or install NVIDIA's open kernel modules.");
+  return FidPtr<fid_mr>(region);
+}
+
+void LibfabricRail::register_device_memory(const DeviceRange& range) {
+  if ((info_->caps & FI_HMEM) == 0) {
+    throw ConfigurationError("the fabric was opened for CPU memory; set LibfabricOptions::device_memory");
+  }
+  if (range.dmabuf >= 0 && fi_version() < libfabric_compat::kMrDmabufSince) {
+    throw FabricUnavailableError(
+        "registering GPU memory by dma-buf needs libfabric 1.20, but this one is " +
+        std::to_string(FI_MAJOR(fi_version())) + "." + std::to_string(FI_MINOR(fi_version())) +
+        "; install the EFA installer's (/opt/amazon/efa), or name a newer one with EFA_EP_LIBFABRIC");
+  }
+  for (uint64_t piece = 0; piece < piece_count(range.bytes); ++piece)
+    pieces_.push_back(register_device_piece(range, piece));
+  memory_ = range.base;
+  memory_bytes_ = range.bytes;
+}
+
 void LibfabricRail::register_memory(std::byte* base, size_t bytes) {
   for (uint64_t piece = 0; piece < piece_count(bytes); ++piece) {
     const uint64_t start = piece * kPieceStride;

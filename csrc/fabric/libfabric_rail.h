@@ -41,6 +41,7 @@ class LibfabricRail {
   bool honours_fence() const { return (info_->caps & FI_FENCE) != 0; }
 
   void register_memory(std::byte* base, size_t bytes);
+  void register_device_memory(const DeviceRange& range);
   RailAddress address() const;
   void connect(uint32_t peer, const RailAddress& address, uint64_t memory_bytes);
   PostResult post_write(const WriteRequest& request);
@@ -66,6 +67,7 @@ class LibfabricRail {
   void prepare_receives();
   void post_receives();
   FidPtr<fid_mr> register_piece(void* base, size_t bytes, uint64_t access, uint64_t requested_key) const;
+  FidPtr<fid_mr> register_device_piece(const DeviceRange& range, uint64_t piece) const;
   const Peer& target_of(const WriteRequest& request) const;
   bool is_receive(const void* context) const;
   Write* write_of(void* context);

@@ -25,6 +25,10 @@ struct Chunking {
     return static_cast<uint32_t>(uint64_t{rows} * chunk / chunks);
   }
   constexpr uint32_t rows_in(uint32_t chunk) const { return first_row(chunk + 1) - first_row(chunk); }
+  /// The chunk that holds a row.
+  constexpr uint32_t chunk_of(uint32_t row) const {
+    return static_cast<uint32_t>(((uint64_t{row} + 1) * chunks - 1) / rows);
+  }
 };
 
 /// The NIC pair of a chunk. It depends on sender, destination and chunk: if all senders chose alike, one NIC

@@ -4,10 +4,12 @@
 // Inside a node rows do not travel: each lies in the arena of the rank that made or received it, and the
 // ranks of the node read it there. What travels between them is flags and lists of row numbers.
 //
-// Per channel, with N nodes of L ranks and B = N (L - 1) + 1 blocks (one per rank of every other rail, and
-// one for the rank itself):
-//   arrivals          u64[2 operations][N]    RoundWord per source node, written by this rank's proxy
-//   completions       u64[2 operations]       completed writes so far, written by this rank's proxy
+// First the signals: what this rank's proxy writes, of all channels, so that they can lie in other memory
+// than the rest (a device whose memory the host cannot write). Per channel, with N nodes of L ranks:
+//   arrivals          u64[2 operations][N]    RoundWord per source node
+//   completions       u64[2 operations]       completed writes so far
+// Then per channel, with B = N (L - 1) + 1 blocks (one per rank of every other rail, and one for the rank
+// itself):
 //   dispatch_flags    u64[B]                  RoundWord per block: rows are listed for this rank (local
 //   peers) result_flags      ResultFlag[B]           per block: results for this rail are there (local peers)
 //   row_lists         u32[N][L][max_tokens]   per source of this rail (this rank itself in the own node's
@@ -45,6 +47,8 @@ enum class Section : uint32_t {
   kCombineSlots,
 };
 inline constexpr uint32_t kSections = 10;
+/// The first sections, which the proxy writes.
+inline constexpr uint32_t kSignalSections = 2;
 inline constexpr std::array<const char*, kSections> kSectionNames = {
     "arrivals",         "completions",    "dispatch_flags", "result_flags",    "row_lists",
     "dispatch_staging", "dispatch_slots", "results",        "combine_staging", "combine_slots"};
@@ -102,19 +106,22 @@ struct Layout {
   constexpr size_t padded_bytes(Section section) const {
     return align_up(section_bytes(section), kSectionAlignment);
   }
-  constexpr size_t channel_bytes() const {
+  /// Of the sections from number `first` to before number `end`, of one channel.
+  constexpr size_t padded_bytes(uint32_t first, uint32_t end) const {
     size_t sum = 0;
-    for (uint32_t s = 0; s < kSections; ++s) sum += padded_bytes(static_cast<Section>(s));
+    for (uint32_t s = first; s < end; ++s) sum += padded_bytes(static_cast<Section>(s));
     return sum;
   }
+  /// Bytes of the signals of all channels, which start the arena.
+  constexpr size_t signal_bytes() const { return channels * padded_bytes(0, kSignalSections); }
   /// Bytes of the whole arena (before the operating system's rounding to its page size).
-  constexpr size_t total_bytes() const { return channels * channel_bytes(); }
+  constexpr size_t total_bytes() const { return channels * padded_bytes(0, kSections); }
 
   constexpr size_t section_offset(uint32_t channel, Section section) const {
-    size_t offset = channel * channel_bytes();
-    for (uint32_t s = 0; s < static_cast<uint32_t>(section); ++s)
-      offset += padded_bytes(static_cast<Section>(s));
-    return offset;
+    const auto number = static_cast<uint32_t>(section);
+    if (number < kSignalSections) return channel * padded_bytes(0, kSignalSections) + padded_bytes(0, number);
+    return signal_bytes() + channel * padded_bytes(kSignalSections, kSections) +
+           padded_bytes(kSignalSections, number);
   }
 
   constexpr size_t arrival(uint32_t channel, Operation operation, uint32_t source_node) const {

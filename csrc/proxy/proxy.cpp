@@ -1,9 +1,14 @@
 #include "proxy/proxy.h"
 
+#include <pthread.h>
 #include <sched.h>
 #include <sys/prctl.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -18,8 +23,10 @@ namespace {
 constexpr size_t kPollBatch = 64;
 // Commands taken per piece of work: bounds how long help() keeps a device thread.
 constexpr uint32_t kCommandBatch = 64;
-// Empty rounds of work before the proxy's thread sleeps instead of yielding.
+// Empty rounds of work before the proxy's thread sleeps instead of yielding. Nobody wakes it for commands
+// that a device leaves in memory; half a second or so without any is a pause in serving.
 constexpr uint32_t kYieldsBeforeParking = 64;
+constexpr uint32_t kYieldsBeforeParkingWithDevice = 1 << 20;
 constexpr auto kParkTime = std::chrono::microseconds(100);
 
 // The context of a write says whose it is; no table of writes in flight is needed.
@@ -29,6 +36,16 @@ constexpr uint64_t context_of(uint32_t node, const Immediate& immediate) {
 constexpr uint32_t context_node(uint64_t context) { return static_cast<uint32_t>(context >> 2); }
 constexpr Operation context_operation(uint64_t context) { return static_cast<Operation>(context >> 1 & 1); }
 constexpr uint32_t context_channel(uint64_t context) { return context & 1; }
+constexpr uint32_t context_pair(uint64_t context) { return context & 3; }
+
+// Sends what the CPU combines for a write-combined mapping on its way.
+void flush_combined_writes() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#else
+  __sync_synchronize();
+#endif
+}
 
 // The chunk size that was asked for, doubled until the completion queues hold all that can arrive. It depends
 // on nothing that ranks could disagree about: connected fabrics have equal room.
@@ -58,14 +75,15 @@ uint64_t chunk_bytes_that_fit(const ProxyOptions& options, const FabricDescripti
 
 Proxy::Proxy(Fabric& fabric, std::byte* arena, const ProxyOptions& options, bool start_thread)
     : fabric_(fabric),
-      arena_(arena),
       options_(options),
+      signals_(options.signals != nullptr ? options.signals : arena),
       node_(options.layout.topology.node_of(options.rank)),
       rails_(fabric.rails()),
       chunk_bytes_(chunk_bytes_that_fit(options, fabric.description())),
       ring_(options.ring_commands),
       destinations_(options.layout.topology.nodes()),
       pairs_(size_t{options.layout.channels} * kOperations * options.layout.topology.nodes()),
+      completed_(size_t{kMaxChannels} * kOperations),
       completions_(kPollBatch) {
   if (start_thread) thread_ = std::thread(&Proxy::run, this);
 }
@@ -119,8 +137,8 @@ void Proxy::drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_
   while (true) {
     if (help()) continue;
     throw_if_failed();
-    // The ring first: another thread may move a command from there to its destination at any time.
-    const bool ring_empty = ring_.empty();
+    // The rings first: another thread may move a command from there to its destination at any time.
+    const bool ring_empty = ring_.empty() && device_ring_empty();
     const std::vector<uint32_t> nodes = unfinished_destinations();
     if (ring_empty && nodes.empty() && tiles_idle()) return;
     std::vector<uint32_t> ranks;
@@ -151,6 +169,11 @@ std::vector<uint32_t> Proxy::unfinished_destinations() {
   return nodes;
 }
 
+bool Proxy::device_ring_empty() {
+  const std::lock_guard lock(work_);
+  return options_.commands == nullptr || options_.commands->empty();
+}
+
 bool Proxy::tiles_idle() {
   const std::lock_guard lock(work_);
   return options_.tiles == nullptr || options_.tiles->idle();
@@ -169,6 +192,9 @@ ProxyCounters Proxy::counters() const {
 void Proxy::run() {
   prctl(PR_SET_NAME, "efa_ep_proxy");
   prctl(PR_SET_TIMERSLACK, 1000UL);  // ns; the default of 50 us would double the nap
+  if (!options_.cpus.empty()) pin_thread();
+  const uint32_t patience =
+      options_.commands == nullptr ? kYieldsBeforeParking : kYieldsBeforeParkingWithDevice;
   uint32_t empty = 0;
   while (!stop_.load(std::memory_order_relaxed)) {
     const bool others_work = waiting_.load(std::memory_order_relaxed) > 0;
@@ -176,7 +202,7 @@ void Proxy::run() {
       empty = 0;
       continue;
     }
-    if (!others_work && ++empty < kYieldsBeforeParking) {
+    if (!others_work && ++empty < patience) {
       sched_yield();
       continue;
     }
@@ -186,6 +212,18 @@ void Proxy::run() {
     parked_.store(false, std::memory_order_relaxed);
     empty = 0;
   }
+}
+
+void Proxy::pin_thread() {
+  cpu_set_t cpus;
+  CPU_ZERO(&cpus);
+  for (const uint32_t cpu : options_.cpus) CPU_SET(cpu, &cpus);
+  const int result = pthread_setaffinity_np(pthread_self(), sizeof cpus, &cpus);
+  if (result == 0) return;
+  const std::lock_guard lock(work_);
+  fail(std::make_exception_ptr(ConfigurationError("the proxy's thread cannot run on the CPUs near its GPU (" +
+                                                  std::string(std::strerror(result)) +
+                                                  "); give the process CPUs of that NUMA node")));
 }
 
 bool Proxy::progress() {
@@ -222,10 +260,14 @@ bool Proxy::poll() {
   return count > 0;
 }
 
+bool Proxy::next_command(Command& command) {
+  return ring_.try_pop(command) || (options_.commands != nullptr && options_.commands->try_pop(command));
+}
+
 bool Proxy::take_commands() {
   Command command;
   uint32_t taken = 0;
-  while (taken < kCommandBatch && ring_.try_pop(command)) {
+  while (taken < kCommandBatch && next_command(command)) {
     ++taken;
     ++queued_;
     Destination& destination = destinations_[command.destination_node];
@@ -296,9 +338,9 @@ void Proxy::on_write_done(uint64_t context) {
   --destinations_[context_node(context)].outstanding;
   --outstanding_;
   add(counters_.completions, 1);
-  const auto completed =
-      word(options_.layout.completion(context_channel(context), context_operation(context)));
-  completed.store(completed.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+  // Counted here and not there: reading back through a PCIe window takes microseconds.
+  publish(options_.layout.completion(context_channel(context), context_operation(context)),
+          ++completed_[context_pair(context)]);
 }
 
 void Proxy::on_arrival(uint32_t bits) {
@@ -331,8 +373,8 @@ void Proxy::on_arrival(uint32_t bits) {
   if (!arriving.rows_known) return;
   if (arriving.chunks_seen > arriving.chunks) refuse("is one more chunk than announced");
   if (arriving.chunks_seen == arriving.chunks) {
-    word(layout.arrival(immediate.channel, immediate.operation, immediate.source_node))
-        .store(RoundWord{arriving.round, arriving.rows}.encode(), std::memory_order_release);
+    publish(layout.arrival(immediate.channel, immediate.operation, immediate.source_node),
+            RoundWord{arriving.round, arriving.rows}.encode());
     arriving = Pair{.round = arriving.round + 1};
   }
 }
@@ -347,8 +389,10 @@ Proxy::Pair& Proxy::pair(const Immediate& immediate) {
   return pairs_[size_t{row} * options_.layout.topology.nodes() + immediate.source_node];
 }
 
-std::atomic_ref<uint64_t> Proxy::word(size_t offset) const {
-  return std::atomic_ref<uint64_t>(*reinterpret_cast<uint64_t*>(arena_ + offset));
+void Proxy::publish(size_t offset, uint64_t value) const {
+  std::atomic_ref<uint64_t>(*reinterpret_cast<uint64_t*>(signals_ + offset))
+      .store(value, std::memory_order_release);
+  if (options_.signals_combine_writes) flush_combined_writes();
 }
 
 }  // namespace efa_ep

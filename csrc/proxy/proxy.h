@@ -16,6 +16,7 @@
 #include "fabric/fabric.h"
 #include "protocol/layout.h"
 #include "proxy/command_ring.h"
+#include "proxy/command_source.h"
 #include "proxy/posting.h"
 #include "proxy/tile_puts.h"
 #include "proxy/wait.h"
@@ -33,6 +34,14 @@ struct ProxyOptions {
   /// another thread would only take the core away from the ranks.
   bool own_core = true;
   TilePuts* tiles = nullptr;  ///< on the same fabric; the proxy does their work too. Outlives the proxy
+
+  /// For devices that are not CPUs. Commands beside those of try_submit(); as nothing wakes the proxy for
+  /// them, its thread naps only after a long time without work. Outlives the proxy.
+  CommandSource* commands = nullptr;
+  /// What Layout::arrival() and Layout::completion() are offsets from, where it writes; null: the arena.
+  std::byte* signals = nullptr;
+  bool signals_combine_writes = false;  ///< as a GPU's PCIe window does: every signal needs a flush
+  std::vector<uint32_t> cpus = {};      ///< where its thread runs; empty: anywhere
 };
 
 /// Totals since the start; all monotone.
@@ -46,9 +55,10 @@ struct ProxyCounters {
 
 class Proxy {
  public:
-  /// `arena` is this rank's registered memory, laid out by `options.layout`. Both it and `fabric` outlive the
-  /// proxy. `start_thread` false leaves all work to help(): for tests and measurements. Throws
-  /// ConfigurationError if the fabric's completion queues cannot hold what the layout's ranks can send.
+  /// `arena` is this rank's registered memory, laid out by `options.layout`; it is not touched if there are
+  /// `options.signals`. Both it and `fabric` outlive the proxy. `start_thread` false leaves all work to
+  /// help(): for tests and measurements. Throws ConfigurationError if the fabric's completion queues cannot
+  /// hold what the layout's ranks can send.
   Proxy(Fabric& fabric, std::byte* arena, const ProxyOptions& options, bool start_thread = true);
   Proxy(const Proxy&) = delete;
   Proxy& operator=(const Proxy&) = delete;
@@ -122,6 +132,8 @@ class Proxy {
   void run();
   void wake();
   bool tiles_idle();
+  bool device_ring_empty();
+  bool next_command(Command& command);
   bool progress();
   bool poll();
   bool take_commands();
@@ -129,9 +141,10 @@ class Proxy {
   bool post_from(uint32_t node, Destination& destination);
   void on_arrival(uint32_t bits);
   void on_write_done(uint64_t context);
+  void publish(size_t offset, uint64_t value) const;
+  void pin_thread();
   void fail(std::exception_ptr error);
   Pair& pair(const Immediate& immediate);
-  std::atomic_ref<uint64_t> word(size_t offset) const;
   WriteRequest request_of(uint32_t node, const Command& command) const;
   // Only the holder of work_ writes counters; readers may be anywhere.
   static void add(std::atomic<uint64_t>& counter, uint64_t amount) {
@@ -139,8 +152,8 @@ class Proxy {
   }
 
   Fabric& fabric_;
-  std::byte* const arena_;
   const ProxyOptions options_;
+  std::byte* const signals_;
   const uint32_t node_;
   const uint32_t rails_;
   const uint64_t chunk_bytes_;
@@ -151,6 +164,7 @@ class Proxy {
   size_t queued_ = 0;
   uint32_t outstanding_ = 0;  // of all destinations
   std::vector<Pair> pairs_;
+  std::vector<uint64_t> completed_;  // writes, by context without the node
   std::vector<Completion> completions_;
   AtomicCounters counters_;
 

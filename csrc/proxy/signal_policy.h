@@ -66,6 +66,7 @@ class SignalPolicy : public Fabric {
 
   const FabricDescription& description() const override { return fabric_.description(); }
   void register_memory(std::byte* base, size_t bytes) override { fabric_.register_memory(base, bytes); }
+  void register_device_memory(const DeviceRange& range) override { fabric_.register_device_memory(range); }
   std::vector<std::byte> address() const override { return fabric_.address(); }
   void connect(uint32_t peer, std::span<const std::byte> address) override { fabric_.connect(peer, address); }
 

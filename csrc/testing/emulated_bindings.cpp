@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <bit>
 #include <chrono>
 #include <cstdint>
@@ -142,6 +143,21 @@ void bind_world(nb::module_& m) {
       .def(
           "error", [](const EmulatedWorld& self, uint32_t rank) { return error_text(self.error(rank)); },
           "rank"_a, "What ended the rank, empty if nothing did.")
+      .def("mask", &EmulatedWorld::mask, "server_of"_a, "Goes on without the ranks that another one serves.")
+      .def(
+          "kill_before",
+          [](EmulatedWorld& self, const std::string& half, uint32_t rank, uint32_t round) {
+            const auto name = std::find(kHalfNames.begin(), kHalfNames.end(), half);
+            if (name == kHalfNames.end()) throw ConfigurationError("there is no half \"" + half + "\"");
+            const auto index = static_cast<uint32_t>(name - kHalfNames.begin());
+            self.inject_before(static_cast<Half>(index), {rank, 0, round},
+                               {.kind = FaultKind::kDie, .rank = rank});
+          },
+          "half"_a, "rank"_a, "round"_a, "Ends a rank's process in the moment before a half, on channel 0.")
+      .def(
+          "now",
+          [](EmulatedWorld& self) { return std::chrono::duration<double>(self.network().now()).count(); },
+          "Virtual time, in seconds.")
       .def("finished_rounds", &EmulatedWorld::finished_rounds, "rank"_a, "channel"_a)
       .def(
           "changed_sources",

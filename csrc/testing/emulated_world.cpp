@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <numeric>
 #include <utility>
 
 namespace efa_ep {
@@ -14,6 +15,16 @@ std::byte* allocate_zeroed(size_t bytes) {
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
 }
+
+/// A stand-in's: no tokens, no experts.
+class NoWorkload final : public EmulatedWorkload {
+ public:
+  DispatchInput tokens(const EmulatedTurn&) override { return {}; }
+  DispatchOutput receive(const EmulatedTurn&, uint32_t) override { return {}; }
+  CombineInput results(const EmulatedTurn&) override { return {}; }
+  std::byte* output(const EmulatedTurn&) override { return nullptr; }
+  void finished(const EmulatedTurn&) override {}
+};
 
 }  // namespace
 
@@ -30,7 +41,37 @@ EmulatedWorld::EmulatedWorld(const EmulatedWorldOptions& options)
     : options_(options),
       network_(options.network),
       random_(options.network.seed),
-      ranks_(options.layout.topology.world) {
+      ranks_(options.layout.topology.world),
+      server_of_(ranks_.size()) {
+  std::iota(server_of_.begin(), server_of_.end(), 0);
+  build();
+}
+
+void EmulatedWorld::mask(std::vector<uint32_t> server_of) {
+  server_of_ = std::move(server_of);
+  for (Rank& rank : ranks_) rank.stands_in_for.clear();
+  for (uint32_t rank = 0; rank < ranks_.size(); ++rank) {
+    if (is_stand_in(rank)) ranks_.at(server_of_[rank]).stands_in_for.push_back(rank);
+  }
+  for (Rank& rank : ranks_) {
+    // In this order: each needs the next.
+    rank.device.reset();
+    rank.proxy.reset();
+    rank.fabric.reset();
+    rank.arena.reset();
+    rank.error = nullptr;
+    rank.queued = false;
+    rank.received_rows = 0;
+    for (Channel& channel : rank.channels) {
+      channel.half = Half::kDispatchSend;
+      channel.finished = channel.last;  // rounds in flight are lost
+    }
+  }
+  queue_.clear();
+  build();
+}
+
+void EmulatedWorld::build() {
   const uint32_t world = options_.layout.topology.world;
   for (uint32_t rank = 0; rank < world; ++rank) {
     const size_t bytes = options_.layout.total_bytes();
@@ -72,6 +113,9 @@ void EmulatedWorld::make_device(uint32_t index) {
   device.layout = options_.layout;
   device.rank = index;
   device.expert_owner = options_.expert_owner;
+  for (uint32_t& owner : device.expert_owner) {
+    if (is_stand_in(owner)) owner = kNoOwner;
+  }
   device.combine_type = options_.combine_type;
   device.per_expert = options_.per_expert;
   // The world waits in the device's stead. A device that has to wait all the same says so at once.
@@ -137,6 +181,7 @@ void EmulatedWorld::step(uint32_t index) {
   for (uint32_t local = 0; local < topology.ranks_per_node; ++local) {
     enqueue(topology.rank_at(topology.node_of(index), local));
   }
+  for (const uint32_t served : rank.stands_in_for) enqueue(served);
 }
 
 bool EmulatedWorld::advance_channel(uint32_t index, uint32_t channel_index) {
@@ -153,6 +198,7 @@ bool EmulatedWorld::may_finish(uint32_t index, uint32_t channel_index) {
   Rank& rank = ranks_[index];
   switch (rank.channels[channel_index].half) {
     case Half::kDispatchSend:
+      return may_begin(index, channel_index);
     case Half::kCombineSend:
       return true;
     case Half::kDispatchRecv:
@@ -163,30 +209,40 @@ bool EmulatedWorld::may_finish(uint32_t index, uint32_t channel_index) {
   return false;
 }
 
+// A stand-in begins a round when the rank that serves it has.
+bool EmulatedWorld::may_begin(uint32_t index, uint32_t channel_index) const {
+  if (!is_stand_in(index)) return true;
+  const Channel& own = ranks_[index].channels[channel_index];
+  const Channel& server = ranks_[server_of_[index]].channels[channel_index];
+  return server.finished > own.finished || server.half != Half::kDispatchSend;
+}
+
 void EmulatedWorld::finish_half(uint32_t index, uint32_t channel_index) {
   Rank& rank = ranks_[index];
   Channel& channel = rank.channels[channel_index];
   CpuDevice& device = *rank.device;
   const EmulatedTurn turn = turn_of(index, channel_index);
+  NoWorkload no_workload;
+  EmulatedWorkload& workload = is_stand_in(index) ? no_workload : *workload_;
   switch (channel.half) {
     case Half::kDispatchSend:
-      device.dispatch_send(channel_index, workload_->tokens(turn));
+      device.dispatch_send(channel_index, workload.tokens(turn));
       channel.half = Half::kDispatchRecv;
       break;
     case Half::kDispatchRecv: {
       const uint64_t before = std::exchange(rank.received_rows, device.counters().received_rows);
       const auto rows = static_cast<uint32_t>(rank.received_rows - before);
-      device.dispatch_pack(channel_index, workload_->receive(turn, rows));
+      device.dispatch_pack(channel_index, workload.receive(turn, rows));
       channel.half = Half::kCombineSend;
       break;
     }
     case Half::kCombineSend:
-      device.combine_send(channel_index, workload_->results(turn));
+      device.combine_send(channel_index, workload.results(turn));
       channel.half = Half::kCombineRecv;
       break;
     case Half::kCombineRecv:
-      device.combine_recv(channel_index, workload_->output(turn));
-      workload_->finished(turn);
+      device.combine_recv(channel_index, workload.output(turn));
+      workload.finished(turn);
       channel.half = Half::kDispatchSend;
       ++channel.finished;
       break;

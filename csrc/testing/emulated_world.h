@@ -62,6 +62,11 @@ class EmulatedWorld {
   /// frozen for good. A rank that fails keeps its error and does nothing any more.
   void run(EmulatedWorkload& workload, uint32_t rounds);
 
+  /// What mask() of the Python package does, agreed on already: new arenas, endpoints, proxies and devices,
+  /// on which run() goes on with the next rounds. `server_of[r]` is r for a live rank; a lost one's position
+  /// is served, on the NICs that were its own, by that rank, which lets it begin a round when it does.
+  void mask(std::vector<uint32_t> server_of);
+
   /// Injects a fault in the moment before a rank's half.
   void inject_before(Half half, const EmulatedTurn& turn, const Fault& fault);
 
@@ -95,6 +100,7 @@ class EmulatedWorld {
     std::unique_ptr<CpuDevice> device;
     std::vector<Channel> channels;
     uint64_t received_rows = 0;  // of all rounds and channels
+    std::vector<uint32_t> stands_in_for;
     std::exception_ptr error;
     bool queued = false;
   };
@@ -104,6 +110,7 @@ class EmulatedWorld {
     Fault fault;
   };
 
+  void build();
   void connect(uint32_t rank);
   void make_device(uint32_t rank);
   void enqueue(uint32_t rank);
@@ -111,6 +118,7 @@ class EmulatedWorld {
   void step(uint32_t rank);
   bool advance_channel(uint32_t rank, uint32_t channel);
   bool may_finish(uint32_t rank, uint32_t channel);
+  bool may_begin(uint32_t rank, uint32_t channel) const;
   void finish_half(uint32_t rank, uint32_t channel);
   void inject_due(const EmulatedTurn& turn, Half half);
   bool is_running(uint32_t rank, const Channel& channel) const;
@@ -119,6 +127,7 @@ class EmulatedWorld {
   void expire();
   template <class Work>
   void guard(uint32_t rank, const Work& work);
+  bool is_stand_in(uint32_t rank) const { return server_of_[rank] != rank; }
   EmulatedTurn turn_of(uint32_t rank, uint32_t channel) const {
     return {rank, channel, ranks_[rank].channels[channel].finished + 1};
   }
@@ -127,6 +136,7 @@ class EmulatedWorld {
   EmulatedNetwork network_;
   std::mt19937_64 random_;
   std::vector<Rank> ranks_;
+  std::vector<uint32_t> server_of_;
   std::vector<uint32_t> queue_;  // ranks that may have something to do
   std::vector<HalfFault> faults_;
   std::chrono::nanoseconds no_deadline_before_{};  // saves asking every rank after every event

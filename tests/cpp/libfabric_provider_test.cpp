@@ -49,6 +49,15 @@ TEST(ProviderChoice, EfaNicsAreShared) {
   EXPECT_TRUE(contains(message, "is 5, but this host has 4 EFA NICs")) << message;
 }
 
+TEST(ProviderChoice, DomainsAreFoundByTheirRdmaDevices) {
+  const std::vector<std::string> domains = {"rdmap79s0-rdm", "rdmap80s0-rdm", "rdmap7s0-rdm", "efa_0"};
+  using Indices = std::vector<size_t>;
+  EXPECT_EQ(domains_of(domains, {"rdmap80s0", "rdmap79s0"}), (Indices{0, 1}));
+  EXPECT_EQ(domains_of(domains, {"rdmap7s0"}), (Indices{2}));
+  EXPECT_EQ(domains_of(domains, {"efa_0", "absent"}), (Indices{3}));
+  EXPECT_EQ(domains_of(domains, {}), (Indices{}));
+}
+
 TEST(ProviderChoice, TcpOfOldLibrariesIsCalledNet) {
   const LibfabricLibrary& library = LibfabricLibrary::open(options_for("tcp").library);
   const auto fabric = make_fabric("tcp");

@@ -344,14 +344,19 @@ TEST(Layout, PutsSectionsOnPagesOneAfterTheOther) {
   for (const auto& [nodes, ranks_per_node] : kShapes) {
     const Layout layout{{nodes * ranks_per_node, ranks_per_node}, kRows.back(), 7, kMaxChannels};
     size_t next = 0;
-    for (uint32_t channel = 0; channel < kMaxChannels; ++channel) {
-      for (uint32_t s = 0; s < kSections; ++s) {
-        const Section section = static_cast<Section>(s);
-        EXPECT_EQ(layout.section_offset(channel, section), next);
-        EXPECT_EQ(next % kSectionAlignment, 0u);
-        next += (layout.section_bytes(section) + 4095) / 4096 * 4096;
+    const auto expect_next = [&](uint32_t first_section, uint32_t end_section) {
+      for (uint32_t channel = 0; channel < kMaxChannels; ++channel) {
+        for (uint32_t s = first_section; s < end_section; ++s) {
+          const Section section = static_cast<Section>(s);
+          EXPECT_EQ(layout.section_offset(channel, section), next);
+          EXPECT_EQ(next % kSectionAlignment, 0u);
+          next += (layout.section_bytes(section) + 4095) / 4096 * 4096;
+        }
       }
-    }
+    };
+    expect_next(0, kSignalSections);  // of all channels, so that a device can have them elsewhere
+    EXPECT_EQ(layout.signal_bytes(), next);
+    expect_next(kSignalSections, kSections);
     EXPECT_EQ(layout.total_bytes(), next);
   }
 }

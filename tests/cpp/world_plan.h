@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <ostream>
 #include <random>
@@ -99,12 +100,17 @@ class Planner {
   explicit Planner(const WorldConfig& config)
       : config_(config), layout_(config.layout), topology_(layout_.topology), random_(config.seed) {}
 
-  /// A round of all ranks, with random inputs.
-  std::vector<RankRound> plan() {
+  using Change = std::function<void(uint32_t rank, RankRound& round)>;
+
+  /// A round of all ranks, with random inputs that `change` may replace.
+  std::vector<RankRound> plan(const Change& change = nullptr) {
     ranks_.assign(config_.world(), {});
     rows_.assign(config_.world(), {});
     partials_.assign(config_.world(), {});
-    for (RankRound& rank : ranks_) draw_tokens(rank);
+    for (uint32_t rank = 0; rank < config_.world(); ++rank) {
+      draw_tokens(ranks_[rank]);
+      if (change) change(rank, ranks_[rank]);
+    }
     for (uint32_t owner = 0; owner < config_.world(); ++owner) plan_owner(owner);
     for (uint32_t rank = 0; rank < config_.world(); ++rank) {
       plan_result(rank);

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from oracle import Batch, check_combined, check_dispatched, compute_experts
@@ -188,11 +189,12 @@ class CheckedWorkload:
             self.local_experts[owner].append(expert)
         self._received: dict[tuple[int, int], Dispatched] = {}
         self._kept: dict[tuple[int, int], torch.Tensor] = {}  # what a rank's channel passed last
-        self.batches = functools.cache(scene.batches)
+        self.batches = functools.cache(scene.batches)  # as the oracle sees them
+        self.sent = self.batches  # as the ranks pass them
 
     def tokens(self, rank: int, channel: int, round_number: int) -> tuple[int, int, int, bool, int, int]:
         """Return addresses of activations, scales, ids (are they 64 bits wide?), weights; then the tokens."""
-        own = self.batches(channel, round_number)[rank]
+        own = self.sent(channel, round_number)[rank]
         return (
             own.x.data_ptr(),
             0 if own.scales is None else own.scales.data_ptr(),
@@ -234,16 +236,15 @@ class CheckedWorkload:
         check_combined(self.config, own, weights_count, self.scene.exact, self._kept[rank, channel])
 
 
-def play(scene: Scene) -> None:
-    """Run a scene. Raises ``AssertionError`` with the first errors and the command that replays them."""
+def world_of(scene: Scene) -> Any:
+    """Return a world that can run the scene."""
     config = scene.config
     config.check(scene.size, scene.ranks_per_node)
-    payload_bytes = config.columns * config.dtype.itemsize
-    world = emulated().World(
+    return emulated().World(
         world=scene.size,
         ranks_per_node=scene.ranks_per_node,
         top_k=scene.top_k,
-        payload_bytes=payload_bytes,
+        payload_bytes=config.columns * config.dtype.itemsize,
         scale_bytes=4 * scene.scale_columns,
         combine_bytes=scene.hidden * config.combine_dtype.itemsize,
         max_tokens=scene.max_tokens,
@@ -257,7 +258,12 @@ def play(scene: Scene) -> None:
         seed=scene.seed,
         timeout_s=TIMEOUT_S,
     )
-    world.run(CheckedWorkload(scene), payload_bytes, scene.rounds)
+
+
+def play(scene: Scene) -> None:
+    """Run a scene. Raises ``AssertionError`` with the first errors and the command that replays them."""
+    world, config = world_of(scene), scene.config
+    world.run(CheckedWorkload(scene), config.columns * config.dtype.itemsize, scene.rounds)
     wrong = []
     for rank in range(scene.size):
         if error := world.error(rank):

@@ -50,10 +50,10 @@ def config_of(size: int, **changes: object) -> AllToAllConfig:
     return AllToAllConfig(**{**defaults, **changes})  # type: ignore[arg-type]
 
 
-def play(all_to_all: AllToAll, rounds: int, seed: int) -> int:
+def play(all_to_all: AllToAll, rounds: int, seed: int, script: Script = _NO_SCRIPT) -> int:
     """Play rounds on all channels in turn and check them; return how many slots this rank had to drop."""
     channels = all_to_all.config.channels
-    return sum(play_round(all_to_all, seed + number, number % channels) for number in range(rounds))
+    return sum(play_round(all_to_all, seed + number, number % channels, script) for number in range(rounds))
 
 
 def play_round(all_to_all: AllToAll, seed: int, channel: int = 0, script: Script = _NO_SCRIPT) -> int:

@@ -1,6 +1,8 @@
 """Whole rounds against the oracle, over random worlds, configurations, placements and routings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -9,13 +11,19 @@ from hypothesis import strategies as st
 from oracle import Batch, check_combined, check_dispatched, compute_experts
 from thread_world import run_world, settings_of
 
-from vllm_efa_ep import AllToAll, AllToAllConfig, Handle
+from vllm_efa_ep import AllToAll, AllToAllConfig, Dispatched, Handle
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.placement import round_robin_placement
 
 # Two of these add up, 32 times over, to at most 256: exact in every type, in every order.
 _EXACT_VALUES = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
 _EXACT_FACTORS = torch.tensor([1.0, 2.0])
+
+_Tensors = TypeVar("_Tensors", Batch, Dispatched)
+
+
+def _fields(tensors: Batch | Dispatched) -> dict[str, Any]:
+    return tensors._asdict() if isinstance(tensors, Dispatched) else vars(tensors)
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,15 @@ def scenes(draw: st.DrawFn) -> Scene:
 
 
 def play(scene: Scene, world_settings: Settings, check: bool = True) -> list[list[torch.Tensor]]:
-    """Run the scene and return, for every rank, the results of its rounds.
+    """Run the scene and return, for every rank, the results of its rounds."""
+    body = body_of(scene, check)
+    return run_world(scene.config, scene.size, world_settings, body)
+
+
+def body_of(
+    scene: Scene, check: bool = True, device: str = "cpu"
+) -> Callable[[AllToAll], list[torch.Tensor]]:
+    """Return what a rank of the scene does, with its tensors on ``device``; it returns its results.
 
     With two channels, both rounds are in flight at once.
     """
@@ -127,7 +143,12 @@ def play(scene: Scene, world_settings: Settings, check: bool = True) -> list[lis
     # [M, H] is always weighted by the experts; rows of the per_expert layout carry no weights to apply.
     weighted_by_experts = scene.weighted or not per_slot
 
-    def send(all_to_all: AllToAll, own: Batch, channel: int) -> Handle:
+    def on(where: str, tensors: _Tensors) -> _Tensors:
+        moved = {name: tensor.to(where) for name, tensor in _fields(tensors).items() if tensor is not None}
+        return replace(tensors, **moved) if isinstance(tensors, Batch) else tensors._replace(**moved)
+
+    def send(all_to_all: AllToAll, batch: Batch, channel: int) -> Handle:
+        own = on(device, batch)
         x = all_to_all.activations(channel)[: len(own.x)].copy_(own.x) if scene.in_place else own.x
         return all_to_all.dispatch_send(x, own.topk_ids, own.topk_weights, own.scales, channel)
 
@@ -138,22 +159,23 @@ def play(scene: Scene, world_settings: Settings, check: bool = True) -> list[lis
             inputs = [scene.batches(round_number, channel) for channel in range(config.channels)]
             handles = [send(all_to_all, batches[rank], channel) for channel, batches in enumerate(inputs)]
             for batches, handle in zip(inputs, handles, strict=True):
-                got = all_to_all.dispatch_recv(handle)
+                got = on("cpu", all_to_all.dispatch_recv(handle))
                 if check:
                     check_dispatched(config, batches, all_to_all.local_experts, got)
                 output = compute_experts(config, all_to_all.local_experts, got, per_slot, weighted_by_experts)
+                output = output.to(device)
                 if scene.in_place and not per_slot:
                     output = all_to_all.expert_output(handle).copy_(output)
                 all_to_all.combine_send(output, handle, weighted_by_experts)
             for batches, handle in zip(inputs, handles, strict=True):
-                result = all_to_all.combine_recv(handle)
+                result = all_to_all.combine_recv(handle).cpu()
                 if check:
                     weights_count = config.layout == "per_token" or not weighted_by_experts
                     check_combined(config, batches[rank], weights_count, scene.exact, result)
                 results.append(result)
         return results
 
-    return run_world(config, scene.size, world_settings, body)
+    return body
 
 
 @settings(max_examples=250)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pydantic
 import pytest
+import torch
 import vllm
 import vllm.platforms
 
@@ -146,6 +147,67 @@ def check_communicators() -> None:
         config.all2all_backend = LOW_LATENCY
 
 
+def check_fault_tolerance() -> None:
+    """Our backends may survive faults; vLLM sees a loss after a step, and has it masked by its command."""
+    from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
+    from vllm.v1.worker.sentinel import gpu_worker_sentinel
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from vllm_efa_ep.vllm_plugin import fault_tolerance, manager
+
+    parallel_config = SimpleNamespace(
+        all2all_backend=LOW_LATENCY,
+        enable_fault_tolerance=True,
+        data_parallel_rank=0,
+        data_parallel_size=2,
+        data_parallel_master_ip="",
+        world_size=1,
+        cpu_distributed_timeout=None,
+    )
+    WorkerBase.__init__ = lambda self: setattr(self, "parallel_config", parallel_config)
+    fault_tolerance.watch_for_workers()
+
+    class Worker(WorkerBase):
+        rank = 0
+
+    with pytest.raises(ValueError, match="FT-capable"):
+        gpu_worker_sentinel.WorkerSentinel(SimpleNamespace(parallel_config=parallel_config))
+    sentinel = gpu_worker_sentinel.WorkerSentinel(Worker())
+    assert {"deepep_low_latency", *BACKEND_NAMES} <= gpu_worker_sentinel.FT_BACKEND_SET
+
+    def init(self: Any, _group: Any) -> None:
+        self.rank, self.world_size = 0, 3
+
+    All2AllManagerBase.__init__ = init
+    ours = manager.EfaEpAll2AllManager("group", fault_tolerance.is_wanted(parallel_config))
+    assert ours.support_fault_tolerance
+    layer = SimpleNamespace(lost=(), failed=False, masks=0, lost_ranks=lambda: layer.lost)
+
+    def mask() -> None:
+        layer.failed = False
+        layer.masks += 1
+
+    layer.mask = mask
+    ours._all_to_alls["configuration"] = layer
+    assert not ours.query_fault().item()
+    layer.failed = True
+    assert ours.query_fault().item()
+    layer.lost, layer.failed = (1,), False
+    assert ours.query_fault().item()
+    assert ours.query_active_mask().tolist() == [0, 1, 0]
+    assert ours.query_active_mask().dtype == torch.int32
+
+    gpu_worker_sentinel.torch.accelerator.synchronize = lambda: None
+    gpu_worker_sentinel.get_ep_all2all_manager = lambda: ours
+    gpu_worker_sentinel.get_dp_group = lambda: SimpleNamespace(cpu_group=None)
+    gpu_worker_sentinel.stateless_destroy_torch_distributed_process_group = lambda _group: None
+    gpu_worker_sentinel.stateless_init_torch_distributed_process_group = lambda *_, **__: None
+    sentinel._clean_worker_state = lambda: None
+    sentinel.retry(SimpleNamespace(params={"new_stateless_dp_group_ports": [1]}))
+    assert layer.masks == 1
+    assert not ours.query_fault().item()
+
+
 def check_classes() -> None:
     """Our subclasses of vLLM's classes are complete and take the arguments that vLLM passes."""
     from vllm_efa_ep.vllm_plugin.cpu_batched_experts import CpuBatchedExperts
@@ -171,6 +233,7 @@ def main() -> None:
     communicators = (seams.CPU_COMMUNICATOR_SEAM, seams.CUDA_COMMUNICATOR_SEAM)
     cpu_seams = (*seams.CPU_MOE_SEAMS, *seams.CPU_RAY_SEAMS, *seams.RAY_ENGINE_SEAMS)
     seams.require([*seams.CONFIG_SEAMS, *communicators, *seams.MOE_SEAMS, *cpu_seams])
+    seams.require(seams.FAULT_TOLERANCE_SEAMS)
 
     register()
     check_configuration()
@@ -181,6 +244,7 @@ def main() -> None:
     check_layers()
     check_classes()
     check_communicators()
+    check_fault_tolerance()
     print(f"all seams fit vLLM {vllm.__version__}")
 
 

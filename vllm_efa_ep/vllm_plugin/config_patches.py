@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
-from vllm_efa_ep.vllm_plugin import logger, ray_patches, seams
+from vllm_efa_ep.vllm_plugin import fault_tolerance, logger, ray_patches, seams
 from vllm_efa_ep.vllm_plugin.backend_names import (
     BACKEND_NAMES,
     HIGH_THROUGHPUT,
@@ -46,6 +46,7 @@ def apply() -> None:
         _extend_properties()
         _stand_in_for_known_backends()
         _wrap_communicator(communicator)
+        fault_tolerance.watch_for_workers()
         ray_patches.copy_settings()
         ray_patches.end_failed_engines()
     if chosen or failure:
@@ -138,6 +139,8 @@ def _stand_in_for_known_backends() -> None:
         finally:
             if self.parallel_config.all2all_backend == _STAND_INS.get(name):
                 self.parallel_config.all2all_backend = name
+        if fault_tolerance.is_wanted(self.parallel_config):
+            fault_tolerance.allow_our_backends()  # processes that are forked have it from here
         if is_selected(self.parallel_config):
             ray_patches.place_on_cpu_hosts(self)
 

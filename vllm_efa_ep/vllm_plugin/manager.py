@@ -3,6 +3,7 @@
 from contextlib import suppress
 from typing import Any
 
+import torch
 from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
 
 from vllm_efa_ep.all_to_all import AllToAll, AllToAllConfig
@@ -17,14 +18,17 @@ from vllm_efa_ep.vllm_plugin.stats_file import StatsFile
 class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
     """Creates one ``AllToAll`` per distinct configuration and shares it between layers."""
 
-    def __init__(self, cpu_group: Any) -> None:
+    def __init__(self, cpu_group: Any, fault_tolerance: bool = False) -> None:
         """Remember the EP group; connections are made when the first layer asks for them.
 
         Args:
             cpu_group: vLLM's gloo group of all EP ranks.
+            fault_tolerance: Whether vLLM shall ask ``query_fault`` after each step.
 
         """
         super().__init__(cpu_group)
+        self.support_fault_tolerance = fault_tolerance
+        self._last_mask = torch.zeros(self.world_size, dtype=torch.int32)
         use_vllm_log()
         self._settings = Settings.from_environment()
         self._all_to_alls: dict[AllToAllConfig, AllToAll] = {}
@@ -40,6 +44,31 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
                 self._all_to_alls[config] = AllToAll(config, bootstrap, self._settings)
             self._log_start(self._all_to_alls[config])
         return self._all_to_alls[config]
+
+    def query_active_mask(self) -> torch.Tensor:
+        """Return int32 ``[EP ranks]``: 1 for a rank that is lost, 0 for a live one. Asks no other rank."""
+        mask = torch.zeros(self.world_size, dtype=torch.int32)
+        for all_to_all in self._all_to_alls.values():
+            mask[list(all_to_all.lost_ranks())] = 1
+        return mask
+
+    def query_fault(self) -> torch.Tensor:
+        """Return a bool: whether a rank was lost, or a half failed, since the last ``clean_buffers``."""
+        failed = any(all_to_all.failed for all_to_all in self._all_to_alls.values())
+        return (self.query_active_mask() != self._last_mask).any() | failed
+
+    def clean_buffers(self) -> None:
+        """Go on with the live ranks, who all call it: new memory and connections for every ``AllToAll``.
+
+        Raises:
+            RankExcludedError: The others have gone on without this rank.
+            EfaEpError: As for ``AllToAll.mask``.
+
+        """
+        for all_to_all in self._all_to_alls.values():
+            with one_line_per_error():
+                all_to_all.mask()
+        self._last_mask = self.query_active_mask()
 
     def close(self) -> None:
         """Write the last counters and close all connections; safe to repeat."""

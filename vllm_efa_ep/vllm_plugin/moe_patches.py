@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_efa_ep.errors import ConfigurationError
-from vllm_efa_ep.vllm_plugin import seams
+from vllm_efa_ep.vllm_plugin import fault_tolerance, seams
 from vllm_efa_ep.vllm_plugin.backend_names import HIGH_THROUGHPUT, LOW_LATENCY, is_selected
 from vllm_efa_ep.vllm_plugin.config_patches import extend_property
 
@@ -56,7 +56,7 @@ def make_manager(parallel_config: Any, cpu_group: Any, tcp_store_group: Any) -> 
             f"--all2all-backend {name} does not support elastic expert parallelism; "
             "remove --enable-elastic-ep"
         )
-    return EfaEpAll2AllManager(cpu_group)
+    return EfaEpAll2AllManager(cpu_group, fault_tolerance.is_wanted(parallel_config))
 
 
 def _announce_formats() -> None:

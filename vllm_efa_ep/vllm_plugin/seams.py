@@ -125,6 +125,14 @@ MOE_SEAMS = (
 )
 """Used by ``moe_patches``, only in workers whose configuration selects one of our backends."""
 
+FAULT_TOLERANCE_SEAMS = (
+    Seam("vllm.v1.worker.sentinel.gpu_worker_sentinel", "FT_BACKEND_SET"),
+    Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.query_active_mask"),
+    Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.query_fault"),
+    Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.clean_buffers"),
+)
+"""Used by ``fault_tolerance`` and the manager, only with ``--enable-fault-tolerance``."""
+
 CPU_MOE_SEAMS = (
     Seam(f"{_MOE}.runner.moe_runner", "MoERunner._select_forward", ("self",)),
     Seam(f"{_MOE}.oracle.unquantized", "backend_to_kernel_cls", ("backend",)),

@@ -9,7 +9,11 @@
 //   EFAEMU_JITTER_US=100  a uniformly random time below this
 //   EFAEMU_SEED=1         seed of times and order
 //   EFAEMU_UNSOLICITED=1  0: a device on which each arriving immediate consumes a posted receive
+//   EFAEMU_PEER_MEMORY=0  1: "GPU memory" can be registered by address, as with a peer-memory module
 //   EFAEMU_CORE           the carrier's name
+//
+// "GPU memory" is a memfd that the application has mapped, and a descriptor of it is its dma-buf
+// (gpu_memory.h).
 //
 // Like EFA with FI_THREAD_DOMAIN, the objects of one domain must be used by one thread at a time. Unlike
 // efa-direct, writes leave only while the application reads the completion queue.
@@ -21,6 +25,7 @@
 #include <unordered_map>
 
 #include "testing/efaemu/endpoint.h"
+#include "testing/efaemu/gpu_memory.h"
 #include "testing/efaemu/interposition.h"
 
 namespace efaemu {
@@ -41,13 +46,15 @@ void replace(char*& text, const char* value) {
 }
 
 struct Domain : Interposed {
-  explicit Domain(fid_domain& domain)
+  Domain(fid_domain& domain, bool gpu_memory)
       : Interposed(*domain.fid.ops),
+        gpu_memory(gpu_memory),
         carrier_domain(domain.ops),
         carrier_mr(domain.mr),
         ops(copy_of(*domain.ops)),
         mr(copy_of(*domain.mr)) {}
 
+  const bool gpu_memory;  // the application asked for FI_HMEM
   const fi_ops_domain* carrier_domain;
   const fi_ops_mr* carrier_mr;
   fi_ops_domain ops;
@@ -86,9 +93,20 @@ int register_memory(fid* domain, const fi_mr_attr* attributes, uint64_t flags, f
     fi_mr_attr attr;
     char newer_fields[64];
   } chosen{*attributes, {}};
+  iovec range{};
+  if (attributes->iface == FI_HMEM_SYSTEM) {
+    range = attributes->mr_iov[0];
+  } else {
+    if (!state.gpu_memory || attributes->iface != FI_HMEM_CUDA) return -FI_EINVAL;
+    if (const int result = find_gpu_memory(*attributes, flags, range)) return result;
+    // To the carrier it is memory like any other.
+    chosen.attr.iface = FI_HMEM_SYSTEM;
+    chosen.attr.mr_iov = &range;
+    flags = 0;
+  }
   chosen.attr.requested_key = state.next_key++;
   if (const int result = state.carrier_mr->regattr(domain, &chosen.attr, flags, region)) return result;
-  state.registered[fi_mr_desc(*region)] = attributes->mr_iov[0];
+  state.registered[fi_mr_desc(*region)] = range;
   auto* interposed = new Region(**region, state);
   interposed->fi_ops::close = close_region;
   (*region)->fid.ops = interposed;
@@ -101,6 +119,7 @@ fi_info* carrier_info(const fi_info& info) {
   if (carrier == nullptr) return nullptr;
   replace(carrier->fabric_attr->prov_name, carrier_name());
   carrier->mode = carrier->rx_attr->mode = 0;
+  for (uint64_t* caps : {&carrier->caps, &carrier->tx_attr->caps, &carrier->rx_attr->caps}) *caps &= ~FI_HMEM;
   carrier->tx_attr->size = carrier->tx_attr->inject_size = 0;
   // TCP's registrations can be addressed by virtual address if one asks; their keys are then ours to choose.
   carrier->domain_attr->mr_mode = FI_MR_VIRT_ADDR;
@@ -134,7 +153,7 @@ int open_domain(fid_fabric* fabric, fi_info* info, fid_domain** domain, void* co
   const int result = state_of<Fabric>(fabric->fid).carrier_fabric->domain(fabric, carrier, domain, context);
   fi_freeinfo(carrier);
   if (result != 0) return result;
-  auto* state = new Domain(**domain);
+  auto* state = new Domain(**domain, (info->caps & FI_HMEM) != 0);
   state->fi_ops::close = close<Domain>;
   (*domain)->fid.ops = state;
   state->ops.endpoint = open_endpoint;
@@ -168,6 +187,7 @@ bool acceptable(const fi_info& hints) {
   if (hints.tx_attr->msg_order != 0 || hints.rx_attr->msg_order != 0) return false;
   if (!(hints.mode & FI_CONTEXT2)) return false;
   if (!(hints.mode & FI_RX_CQ_DATA) && !unsolicited_writes()) return false;
+  if ((hints.caps & FI_HMEM) && !(hints.domain_attr->mr_mode & FI_MR_HMEM)) return false;
   return (hints.domain_attr->mr_mode & kRegistrationMode) == kRegistrationMode &&
          hints.domain_attr->cq_data_size <= kCqDataBytes;
 }
@@ -195,7 +215,8 @@ int getinfo(uint32_t version, const char* node, const char* service, uint64_t fl
     info->tx_attr->inject_size = kInjectBytes;
     info->tx_attr->size = info->rx_attr->size = send_queue_depth();
     info->tx_attr->iov_limit = info->tx_attr->rma_iov_limit = 1;
-    info->domain_attr->mr_mode = kRegistrationMode;
+    info->caps |= hints->caps & FI_HMEM;
+    info->domain_attr->mr_mode = kRegistrationMode | ((hints->caps & FI_HMEM) ? FI_MR_HMEM : 0);
     info->domain_attr->mr_key_size = sizeof(uint32_t);
     info->domain_attr->cq_data_size = kCqDataBytes;
     info->ep_attr->max_msg_size = kMaxMessageBytes;

@@ -1,0 +1,153 @@
+// The halves on a GPU. Tensors and memory arrive as addresses, streams as cudaStream_t in an integer.
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+
+#include "bindings/common.h"
+
+#include "cuda/device.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace efa_ep::bindings {
+
+namespace {
+
+using cuda::CudaDevice;
+using cuda::DeviceRingReader;
+using cuda::HostBlock;
+
+void bind_host_block(nb::module_& m) {
+  m.def(
+      "cuda_host_bytes",
+      [](uint32_t ring_commands, const Layout& layout) { return HostBlock::bytes(ring_commands, layout); },
+      "ring_commands"_a, "layout"_a, "Bytes of pinned memory that a device and its proxy share.");
+  m.def(
+      "cuda_signals_offset", [](uint32_t ring_commands) { return HostBlock::signals_offset(ring_commands); },
+      "ring_commands"_a, "Where in it the signals are, if they are not in the arena.");
+  nb::class_<DeviceRingReader, CommandSource>(m, "DeviceRing")
+      .def(
+          "__init__",
+          [](DeviceRingReader* self, uintptr_t host_address, uint32_t ring_commands) {
+            auto* base = pointer<std::byte>(host_address);
+            auto* entries = reinterpret_cast<cuda::RingEntry*>(base + HostBlock::ring_offset());
+            new (self)
+                DeviceRingReader(entries, &reinterpret_cast<HostBlock*>(base)->ring_tail, ring_commands);
+          },
+          nb::kw_only(), "host_address"_a, "ring_commands"_a);
+}
+
+void bind_quantisation(nb::module_& m) {
+  nb::enum_<cuda::Quantisation>(m, "Quantisation")
+      .value("none", cuda::Quantisation::kNone)
+      .value("fp8", cuda::Quantisation::kFp8)
+      .value("fp8_power_of_2", cuda::Quantisation::kFp8PowerOf2);
+}
+
+}  // namespace
+
+void bind_cuda(nb::module_& m) {
+  // Empty in builds without kernels, whose launches throw.
+  m.attr("cuda_architectures") = EFA_EP_CUDA_ARCHITECTURES;
+  bind_host_block(m);
+  bind_quantisation(m);
+  nb::class_<CudaDevice>(m, "CudaDevice")
+      .def(
+          "__init__",
+          [](CudaDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
+             ScalarType combine_type, bool per_expert, double timeout_s, uint32_t num_sms,
+             cuda::Quantisation quantisation, uint64_t chunk_bytes, const std::vector<uintptr_t>& arenas,
+             uintptr_t host_address, uintptr_t host_address_on_device, uint32_t ring_commands,
+             bool signals_in_arena, Proxy* proxy, const CheckWait& check_wait) {
+            cuda::CudaDeviceOptions options;
+            options.config = {.layout = layout,
+                              .rank = rank,
+                              .expert_owner = std::move(expert_owner),
+                              .per_expert = per_expert,
+                              .chunk_bytes = proxy == nullptr ? chunk_bytes : proxy->chunk_bytes(),
+                              .rails = proxy == nullptr ? 1 : proxy->rails(),
+                              .timeout_ns = static_cast<uint64_t>(seconds(timeout_s).count())};
+            options.combine_type = combine_type;
+            options.num_sms = num_sms;
+            options.quantisation = quantisation;
+            options.host = pointer<std::byte>(host_address);
+            options.host_on_device = pointer<std::byte>(host_address_on_device);
+            options.ring_capacity = ring_commands;
+            for (const uintptr_t arena : arenas) options.arenas.push_back(pointer<std::byte>(arena));
+            options.signals_in_arena = signals_in_arena;
+            options.check_interrupt = interrupt_check(check_wait);
+            new (self) CudaDevice(options, proxy);
+          },
+          nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
+          "timeout_s"_a, "num_sms"_a, "quantisation"_a, "chunk_bytes"_a, "arenas"_a, "host_address"_a,
+          "host_address_on_device"_a, "ring_commands"_a, "signals_in_arena"_a, "proxy"_a.none(),
+          "check_wait"_a, nb::keep_alive<1, 16>())
+      .def_prop_ro("workspace_bytes", &CudaDevice::workspace_bytes)
+      .def(
+          "use_workspace",
+          [](CudaDevice& device, uintptr_t address) {
+            const std::vector<std::byte> image = device.use_workspace(pointer<std::byte>(address));
+            return nb::bytes(reinterpret_cast<const char*>(image.data()), image.size());
+          },
+          "address"_a, "Returns what the caller copies to the workspace's start before the first half.")
+      .def(
+          "dispatch_send",
+          [](CudaDevice& device, uint32_t channel, uintptr_t stream, uintptr_t x, size_t x_stride,
+             uintptr_t scales, uintptr_t ids, bool ids_are_64_bit, uintptr_t weights, uint32_t tokens) {
+            cuda::DispatchInput input;
+            input.x = pointer<const std::byte>(x);
+            input.x_stride = x_stride;
+            input.scales = pointer<const std::byte>(scales);
+            input.ids = pointer<const void>(ids);
+            input.ids_are_64_bit = ids_are_64_bit;
+            input.weights = pointer<const float>(weights);
+            input.tokens = tokens;
+            device.dispatch_send(channel, pointer<CUstream_st>(stream), input);
+          },
+          "channel"_a, "stream"_a, "x"_a, "x_stride"_a, "scales"_a, "ids"_a, "ids_are_64_bit"_a, "weights"_a,
+          "tokens"_a, ReleaseLock())
+      .def(
+          "dispatch_recv",
+          [](CudaDevice& device, uint32_t channel, uintptr_t stream, uintptr_t x, uintptr_t scales,
+             uintptr_t ids, uintptr_t weights, uintptr_t tokens_per_expert) {
+            cuda::DispatchOutput output;
+            output.x = pointer<std::byte>(x);
+            output.scales = pointer<std::byte>(scales);
+            output.ids = pointer<int32_t>(ids);
+            output.weights = pointer<float>(weights);
+            output.tokens_per_expert = pointer<int32_t>(tokens_per_expert);
+            device.dispatch_recv(channel, pointer<CUstream_st>(stream), output);
+          },
+          "channel"_a, "stream"_a, "x"_a, "scales"_a, "ids"_a, "weights"_a, "tokens_per_expert"_a,
+          ReleaseLock())
+      .def(
+          "wait_for_rows",
+          [](CudaDevice& device, uint32_t channel, uintptr_t stream) {
+            return device.wait_for_rows(channel, pointer<CUstream_st>(stream));
+          },
+          "channel"_a, "stream"_a, ReleaseLock())
+      .def(
+          "wait", [](CudaDevice& device, uintptr_t stream) { device.wait(pointer<CUstream_st>(stream)); },
+          "stream"_a, ReleaseLock())
+      .def(
+          "combine_send",
+          [](CudaDevice& device, uint32_t channel, uintptr_t stream, uintptr_t rows, bool per_slot,
+             bool weights_applied) {
+            device.combine_send(channel, pointer<CUstream_st>(stream),
+                                {.rows = pointer<const std::byte>(rows),
+                                 .per_slot = per_slot,
+                                 .weights_applied = weights_applied});
+          },
+          "channel"_a, "stream"_a, "rows"_a, "per_slot"_a, "weights_applied"_a, ReleaseLock())
+      .def(
+          "combine_recv",
+          [](CudaDevice& device, uint32_t channel, uintptr_t stream, uintptr_t out) {
+            device.combine_recv(channel, pointer<CUstream_st>(stream), pointer<std::byte>(out));
+          },
+          "channel"_a, "stream"_a, "out"_a, ReleaseLock())
+      .def("throw_if_failed", &CudaDevice::throw_if_failed);
+}
+
+}  // namespace efa_ep::bindings

@@ -1,0 +1,138 @@
+// What the kernels know: one struct in device memory, and the scratch memory that lasts from half to half.
+//
+// Everything that changes with the configuration or the membership (topology, owners, peers' arenas, offsets)
+// is read from here when a kernel runs, and rounds are counted here, so that a captured CUDA graph stays
+// valid when the host rewrites the struct.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cuda/device_ring.h"
+#include "protocol/layout.h"
+#include "protocol/scalar_type.h"
+
+namespace efa_ep::cuda {
+
+/// Sets of rows are kept as bits, 32 rows in a tile, with the number of members in all tiles before it: the
+/// place of a member among the members, in row order, is `before` plus the members below it in its tile.
+struct Tile {
+  uint32_t members = 0;
+  uint32_t before = 0;
+};
+inline constexpr uint32_t kTileRows = 32;
+constexpr uint32_t tiles_of(size_t rows) { return static_cast<uint32_t>((rows + kTileRows - 1) / kTileRows); }
+
+/// Where a token's rows go, in the order in which combine sums what comes back: nodes in ascending order, and
+/// in the own node's place its ranks.
+struct ExpertHome {
+  uint32_t destination = 0;  ///< of the expert's rank: one of DeviceState::destinations()
+  uint32_t local = 0;        ///< the expert's index among those of its rank
+};
+
+/// Counters of one channel that kernels change.
+struct ChannelCounters {
+  uint32_t round = 0;
+  uint32_t tokens = 0;         ///< dispatched in this round
+  uint32_t received = 0;       ///< rows received in this round
+  uint32_t blocks_done = 0;    ///< of the running kernel
+  uint64_t submitted[2] = {};  ///< commands so far, by Operation
+};
+
+/// One channel: offsets of its sections in every arena, and its scratch memory on this device.
+struct ChannelState {
+  uint64_t arrivals[kOperations] = {};     ///< from DeviceState::signals
+  uint64_t completions[kOperations] = {};  ///< likewise
+  uint64_t dispatch_flags = 0, result_flags = 0, row_lists = 0;
+  uint64_t outgoing[kOperations] = {}, slots[kOperations] = {};
+  uint64_t results = 0;
+
+  ChannelCounters* counters = nullptr;
+  Tile* sent = nullptr;                  ///< [destinations][token tiles] own tokens by destination
+  uint32_t* sent_rows = nullptr;         ///< [destinations]
+  Tile* forwarded = nullptr;             ///< [nodes - 1][ranks_per_node][token tiles] rows of a slot by owner
+  uint32_t* slot_rows = nullptr;         ///< [nodes - 1] rows in the slots
+  uint32_t* forwarded_rows = nullptr;    ///< [nodes - 1][ranks_per_node]
+  uint32_t* first_row = nullptr;         ///< [world + 1] of a source's rows, in the output
+  const std::byte** received = nullptr;  ///< [world * max_tokens] where each received row lies
+  Tile* of_expert = nullptr;             ///< [local experts][row tiles] received rows by expert (per_expert)
+  uint32_t* expert_rows = nullptr;       ///< [local experts] (per_expert)
+  uint32_t* staged[kOperations] = {};    ///< [nodes - 1][max_chunks] rows of a chunk that are ready to go
+};
+
+struct DeviceState {
+  Layout layout;
+  uint32_t rank = 0, node = 0, index = 0, nodes = 1;
+  uint64_t dispatch_row = 0, combine_row = 0;  ///< bytes
+  uint32_t token_tiles = 0, row_tiles = 0;     ///< of max_tokens, and of world * max_tokens
+  uint32_t experts = 0, local_experts = 0;
+  uint64_t chunk_bytes = 0;
+  uint32_t rails = 1;
+  uint32_t max_chunks[kOperations] = {};
+  const ExpertHome* homes = nullptr;   ///< [experts]
+  std::byte* const* arenas = nullptr;  ///< [ranks_per_node], this device's addresses of them
+  const std::byte* signals = nullptr;  ///< see DeviceMemory
+
+  RingEntry* ring = nullptr;            ///< pinned host memory
+  const uint64_t* ring_tail = nullptr;  ///< pinned host memory
+  uint32_t ring_capacity = 0;
+  uint64_t* ring_head = nullptr;        ///< positions taken; device memory
+  uint64_t* ring_known_tail = nullptr;  ///< the newest tail that a kernel has read; device memory
+
+  uint64_t timeout_ns = 0;
+  uint64_t* error = nullptr;       ///< DeviceError; pinned host memory
+  uint32_t* failed = nullptr;      ///< not 0 after the first fault; device memory
+  const uint32_t* stop = nullptr;  ///< not 0: waits end; pinned host memory
+
+  ChannelState channels[kMaxChannels];
+
+  constexpr uint32_t ranks_per_node() const { return layout.topology.ranks_per_node; }
+  constexpr uint32_t world() const { return layout.topology.world; }
+  constexpr uint32_t capacity() const { return world() * layout.max_tokens; }
+  /// Nodes but the own one, and the ranks of the own one.
+  constexpr uint32_t destinations() const { return nodes - 1 + ranks_per_node(); }
+  constexpr bool is_own_node(uint32_t destination) const { return destination - node < ranks_per_node(); }
+  /// Node of a destination on another node.
+  constexpr uint32_t node_of(uint32_t destination) const {
+    return destination < node ? destination : destination - ranks_per_node() + 1;
+  }
+  constexpr uint32_t destination_of(uint32_t other_node) const {
+    return other_node < node ? other_node : other_node - 1 + ranks_per_node();
+  }
+};
+
+/// What a device is built from; equal on all ranks but for `rank`.
+struct DeviceConfig {
+  Layout layout;
+  uint32_t rank = 0;
+  std::vector<uint32_t> expert_owner;  ///< owner rank of every expert
+  bool per_expert = false;
+  uint64_t chunk_bytes = 256 * 1024;  ///< Proxy::chunk_bytes()
+  uint32_t rails = 1;                 ///< Proxy::rails()
+  uint64_t timeout_ns = 120'000'000'000;
+};
+
+/// Memory that the host provides. All addresses are the device's.
+struct DeviceMemory {
+  std::vector<std::byte*> arenas;  ///< of the node's ranks, in order; [index] is the own one
+  /// What Layout::arrival() and Layout::completion() are offsets from: the own arena, if the proxy can write
+  /// there, or pinned host memory.
+  const std::byte* signals = nullptr;
+  std::byte* workspace = nullptr;  ///< workspace_bytes() of zeros in device memory, 256-byte aligned
+
+  RingEntry* ring = nullptr;            ///< [ring_capacity] zeros in pinned host memory
+  const uint64_t* ring_tail = nullptr;  ///< 0, in pinned host memory; DeviceRingReader's
+  uint32_t ring_capacity = 0;           ///< a power of two
+  uint64_t* error = nullptr;            ///< [2] zeros in pinned host memory: DeviceError
+  const uint32_t* stop = nullptr;       ///< 0, in pinned host memory; the host sets it to end all waits
+};
+
+/// Bytes of DeviceMemory::workspace.
+size_t workspace_bytes(const DeviceConfig& config);
+
+/// What the host copies to the start of the workspace before the first launch: the DeviceState, which the
+/// kernels find there, and its tables. Throws ConfigurationError for owners outside the world.
+std::vector<std::byte> workspace_image(const DeviceConfig& config, const DeviceMemory& memory);
+
+}  // namespace efa_ep::cuda

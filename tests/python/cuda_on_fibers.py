@@ -1,0 +1,124 @@
+"""Rounds of an ``AllToAll`` on CUDA without a GPU: a program, run by test_cuda_rounds.py.
+
+Everything is the product's, down to the kernels, which run on CPU fibers (a ``_core`` built with
+``-DEFA_EP_CUDA=SIMT``). In the place of the driver is ``FakeDriver``; its device memory is memfds, which
+efaemu registers by dma-buf; torch's tensors are CPU tensors over the same bytes.
+
+    python cuda_on_fibers.py DIRECTORY_OF_CORE LIBFABRIC pinned|gdrcopy
+"""
+
+import ctypes
+import importlib.util
+import sys
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import vllm_efa_ep
+
+
+def load_core(directory: Path) -> ctypes.CDLL:
+    """Put the module with kernels on fibers in the place of the installed one."""
+    (path,) = directory.glob("_core*.so")
+    spec = importlib.util.spec_from_file_location("vllm_efa_ep._core", path)
+    assert spec is not None
+    assert spec.loader is not None
+    core = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = vllm_efa_ep._core = core
+    spec.loader.exec_module(core)
+    library = ctypes.CDLL(str(path))
+    library.simt_new_stream.restype = ctypes.c_void_p
+    return library
+
+
+def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
+    """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library."""
+    from fake_driver import FakeDriver
+    from pci_trees import build, lines_of
+
+    from vllm_efa_ep import pci_topology
+    from vllm_efa_ep.cuda import halves, rank_memory
+
+    FakeDriver().install()
+    local = threading.local()
+
+    def current_stream() -> int:
+        if not hasattr(local, "stream"):
+            local.stream = library.simt_new_stream(0)
+        return local.stream
+
+    def synchronised(name: str) -> None:
+        # What torch does with the tensors next would wait in the same stream.
+        half = getattr(halves.CudaHalves, name)
+
+        def call(self: halves.CudaHalves, *arguments: object) -> object:
+            result = half(self, *arguments)
+            self._core.wait(current_stream())
+            return result
+
+        setattr(halves.CudaHalves, name, call)
+
+    for name in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"):
+        synchronised(name)
+    halves.current_stream = current_stream
+    halves.is_capturing = lambda: False
+    rank_memory.current_ordinal = lambda: 0
+    rank_memory.current_device = lambda: torch.device("cpu")
+    sysfs = build(Path(tempfile.mkdtemp()) / "sys", lines_of("p5"))
+    rank_memory.gpu_affinity = lambda bus_id: replace(
+        pci_topology.gpu_affinity(bus_id, sysfs), cpus=frozenset({0, 1})
+    )
+    rank_memory.GpuMemory.tensor = lambda _, arena, offset, size: torch.frombuffer(
+        (ctypes.c_uint8 * size).from_address(arena.address + offset), dtype=torch.uint8
+    )
+    if signals == "gdrcopy":
+        rank_memory.GdrCopy = WindowIntoFakeMemory
+
+
+class WindowIntoFakeMemory:
+    """GDRCopy where the CPU can write device memory anyway."""
+
+    def map(self, address: int, size: int) -> int:  # noqa: ARG002
+        """Return where it is."""
+        return address
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+
+def main() -> None:
+    """Play scenes whose results the oracle knows."""
+    directory, libfabric, signals = sys.argv[1:]
+    fake_cuda(load_core(Path(directory)), signals)
+    from test_round import Scene, play
+    from thread_world import settings_of
+
+    from vllm_efa_ep import AllToAllConfig
+
+    scenes = [
+        (2, 2, AllToAllConfig(64, 8, 3, 12, device="cuda")),
+        (1, 3, AllToAllConfig(64, 9, 2, 5, layout="per_expert", channels=2, device="cuda")),
+        (2, 1, AllToAllConfig(48, 5, 4, 40, torch.float32, torch.float32, channels=2, device="cuda")),
+        (3, 1, AllToAllConfig(128, 6, 2, 7, torch.float8_e4m3fn, scale_columns=1, device="cuda")),
+        (2, 2, AllToAllConfig(64, 8, 3, 12, layout="per_expert", device="cuda")),
+    ]
+    for number, (nodes, ranks_per_node, config) in enumerate(scenes):
+        for per_slot in (False, True):
+            scene = Scene(nodes, ranks_per_node, config, 3, number, False, per_slot, per_slot, not per_slot)
+            settings = settings_of(
+                ranks_per_node,
+                provider="efaemu",
+                libfabric=libfabric,
+                chunk_bytes=1000,
+                gpu_signals=signals,
+                num_sms=2,
+            )
+            play(scene, settings)
+            print("played", nodes, ranks_per_node, config.layout, per_slot, flush=True)
+
+
+if __name__ == "__main__":
+    main()

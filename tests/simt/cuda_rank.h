@@ -1,0 +1,292 @@
+// One rank of a World (tests/cpp/world.h) whose halves are the CUDA kernels, run by the engine. Everything
+// else is the World's: arena, proxy, network. Halves are only queued; check() compares what they wrote, once
+// their streams have been waited for.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/device_error.h"
+#include "cuda/halves.h"
+#include "engine/simt.h"
+#include "world.h"
+
+namespace efa_ep {
+
+class CudaRank {
+ public:
+  struct Options {
+    uint32_t num_sms = 2;
+    uint32_t ring_capacity = 64;
+    uint64_t timeout_ns = 60'000'000'000;
+    bool tokens_on_device = false;
+    cuda::Quantisation quantisation = cuda::Quantisation::kNone;
+  };
+
+  CudaRank(World& world, uint32_t rank, const Options& options)
+      : world_(world), rank_(rank), options_(options), ring_(options.ring_capacity) {
+    const WorldConfig& config = world.config();
+    const Topology& topology = config.layout.topology;
+    cuda::DeviceConfig device;
+    device.layout = config.layout;
+    device.rank = rank;
+    device.expert_owner = config.expert_owner;
+    device.per_expert = config.per_expert;
+    device.timeout_ns = options.timeout_ns;
+    if (world.proxy(rank) != nullptr) {
+      device.chunk_bytes = world.proxy(rank)->chunk_bytes();
+      device.rails = world.proxy(rank)->rails();
+    }
+    workspace_ = std::make_unique<TestMemory>(cuda::workspace_bytes(device));
+    cuda::DeviceMemory memory;
+    for (uint32_t index = 0; index < topology.ranks_per_node; ++index) {
+      memory.arenas.push_back(world.arena(topology.rank_at(topology.node_of(rank), index)));
+    }
+    memory.signals = world.arena(rank);
+    memory.workspace = workspace_->data();
+    memory.ring = ring_.data();
+    memory.ring_tail = &host_.ring_tail;
+    memory.ring_capacity = options.ring_capacity;
+    memory.error = host_.error;
+    memory.stop = &host_.stop;
+    const std::vector<std::byte> image = cuda::workspace_image(device, memory);
+    std::copy(image.begin(), image.end(), workspace_->data());
+    register_memory();
+    for (uint32_t channel = 0; channel < config.layout.channels; ++channel) {
+      streams_.push_back(simt::stream_create(static_cast<int>(rank)));
+    }
+  }
+
+  ~CudaRank() { simt::unregister_ranges(static_cast<int>(rank_)); }
+  CudaRank(const CudaRank&) = delete;
+  CudaRank& operator=(const CudaRank&) = delete;
+
+  // The four halves, queued. Inputs are overwritten as soon as a half has ended, or lie where the device
+  // wants them; outputs lie in memory of exactly their size.
+
+  void dispatch_send(uint32_t channel, const RankRound& round) {
+    const WorldConfig& config = world_.config();
+    Buffers& b = begin_round(channel, round);
+    cuda::DispatchInput input;
+    input.x_stride = round.tokens == 0 ? 0 : b.x.size() / round.tokens;
+    input.x = b.x.data();
+    if (config.in_place) {
+      const size_t row = config.layout.row.payload_bytes;
+      std::byte* activations = world_.arena(rank_) + cuda::activations(config.layout, channel);
+      then(channel, [&b, activations, row, stride = config.layout.dispatch_row()] {
+        for (uint32_t token = 0; token < b.round->tokens; ++token) {
+          std::copy_n(b.x.data() + token * row, row, activations + token * stride);
+        }
+      });
+      input.x = activations;
+      input.x_stride = config.layout.dispatch_row();
+    }
+    input.scales = b.scales.data();
+    input.ids_are_64_bit = config.ids_are_64_bit;
+    input.ids = config.ids_are_64_bit ? static_cast<void*>(b.wide_ids.data()) : b.narrow_ids.data();
+    input.weights = b.sent_weights.data();
+    input.tokens = options_.tokens_on_device ? 0 : round.tokens;
+    if (options_.tokens_on_device) input.tokens_on_device = &b.tokens;
+    input.quantisation = options_.quantisation;
+    cuda::launch_dispatch_send(launch(channel), input);
+    then(channel, [&b] {
+      std::fill(b.x.begin(), b.x.end(), kUntouched);
+      std::fill(b.scales.begin(), b.scales.end(), kUntouched);
+      std::fill(b.wide_ids.begin(), b.wide_ids.end(), -7);
+      std::fill(b.narrow_ids.begin(), b.narrow_ids.end(), -7);
+      std::fill(b.sent_weights.begin(), b.sent_weights.end(), -7.0f);
+      b.tokens = -7;
+    });
+  }
+
+  void dispatch_recv(uint32_t channel) {
+    Buffers& b = buffers(channel);
+    cuda::launch_dispatch_recv(launch(channel), {.x = b.received_x.data(),
+                                                 .scales = b.received_scales.data(),
+                                                 .ids = b.ids.data(),
+                                                 .weights = b.weights.data(),
+                                                 .tokens_per_expert = b.tokens_per_expert.data(),
+                                                 .rows = &b.rows});
+  }
+
+  void combine_send(uint32_t channel) {
+    const WorldConfig& config = world_.config();
+    Buffers& b = buffers(channel);
+    const std::byte* rows = b.expert_rows.data();
+    if (config.in_place && !config.per_expert && !config.per_slot) {
+      std::byte* results = world_.arena(rank_) + cuda::results(config.layout, channel);
+      then(channel, [&b, results] { std::copy(b.expert_rows.begin(), b.expert_rows.end(), results); });
+      rows = results;
+    }
+    cuda::launch_combine_send(
+        launch(channel),
+        {.rows = rows, .per_slot = config.per_slot, .weights_applied = config.weights_applied});
+    then(channel, [&b] { std::fill(b.expert_rows.begin(), b.expert_rows.end(), kUntouched); });
+  }
+
+  void combine_recv(uint32_t channel) {
+    cuda::launch_combine_recv(launch(channel), buffers(channel).out.data());
+  }
+
+  void queue(Half half, uint32_t channel, const RankRound& round) {
+    switch (half) {
+      case Half::kDispatchSend:
+        return dispatch_send(channel, round);
+      case Half::kDispatchRecv:
+        return dispatch_recv(channel);
+      case Half::kCombineSend:
+        return combine_send(channel);
+      case Half::kCombineRecv:
+        return combine_recv(channel);
+    }
+  }
+
+  void sync() {
+    for (const simt::stream_t stream : streams_) simt::stream_sync(stream);
+  }
+
+  /// Compares every round since the last check with its plan, bit for bit.
+  void check() {
+    const Layout& layout = world_.config().layout;
+    for (const Buffers& got : rounds_) {
+      const testing::ScopedTrace where(__FILE__, __LINE__,
+                                       testing::Message() << "rank " << rank_ << ", channel " << got.channel);
+      const RankRound& want = *got.round;
+      EXPECT_EQ(got.rows, static_cast<int32_t>(want.rows));
+      EXPECT_EQ(got.tokens_per_expert, want.tokens_per_expert);
+      EXPECT_EQ(got.ids, want.received_ids);
+      EXPECT_EQ(got.weights, want.received_weights);
+      expect_rows("x", got.received_x, want.received_x, layout.row.payload_bytes);
+      expect_rows("scales", got.received_scales, want.received_scales, layout.row.scale_bytes);
+      expect_rows("out", got.out, want.out, layout.row.combine_bytes);
+    }
+    rounds_.clear();
+  }
+
+  /// Moves chunks from the device's ring to the proxy. Called by the world's network thread only.
+  bool pump() {
+    Proxy* proxy = world_.proxy(rank_);
+    if (proxy == nullptr) return false;
+    bool moved = false;
+    Command command;
+    while (reader_.try_pop(command)) {
+      simt::host_thread_checkpoint();
+      while (!proxy->try_submit(command)) proxy->help();
+      moved = true;
+    }
+    return proxy->help() || moved;
+  }
+
+  cuda::DeviceError error() const {
+    const uint64_t first = std::atomic_ref(host_.error[0]).load(std::memory_order_acquire);
+    return cuda::DeviceError::decode({first, host_.error[1]});
+  }
+  void stop() { std::atomic_ref(host_.stop).store(1, std::memory_order_relaxed); }
+
+ private:
+  struct Buffers {
+    uint32_t channel;
+    const RankRound* round;
+    int32_t tokens;
+    Bytes x, scales;
+    std::vector<int64_t> wide_ids;
+    std::vector<int32_t> narrow_ids;
+    std::vector<float> sent_weights;
+    Bytes received_x, received_scales;
+    std::vector<int32_t> ids;
+    std::vector<float> weights;
+    std::vector<int32_t> tokens_per_expert;
+    int32_t rows = -7;
+    Bytes expert_rows;
+    Bytes out;
+  };
+  /// What would be pinned host memory.
+  struct HostWords {
+    alignas(64) uint64_t ring_tail = 0;
+    alignas(64) mutable uint64_t error[2] = {};
+    alignas(64) uint32_t stop = 0;
+  };
+
+  /// Something that happens in stream order, as a kernel of the caller would.
+  void then(uint32_t channel, std::function<void()> action) {
+    simt::launch_raw(streams_[channel], dim3(1), dim3(1), 0, std::move(action), "caller");
+  }
+
+  Buffers& begin_round(uint32_t channel, const RankRound& round) {
+    Buffers& b = rounds_.emplace_back();
+    b.channel = channel;
+    b.round = &round;
+    b.tokens = static_cast<int32_t>(round.tokens);
+    b.x = round.x;
+    b.scales = round.scales;
+    b.wide_ids = round.ids;
+    b.narrow_ids.assign(round.ids.begin(), round.ids.end());
+    b.sent_weights = round.weights;
+    b.received_x.assign(round.received_x.size(), kUntouched);
+    b.received_scales.assign(round.received_scales.size(), kUntouched);
+    b.ids.assign(round.received_ids.size(), -7);
+    b.weights.assign(round.received_weights.size(), -7.0f);
+    b.tokens_per_expert.assign(round.tokens_per_expert.size(), -7);
+    b.expert_rows = round.expert_rows;
+    b.out.assign(round.out.size(), kUntouched);
+    return b;
+  }
+  /// Of the channel's newest round.
+  Buffers& buffers(uint32_t channel) {
+    return *std::find_if(rounds_.rbegin(), rounds_.rend(),
+                         [&](const Buffers& buffers) { return buffers.channel == channel; });
+  }
+
+  cuda::HalfLaunch launch(uint32_t channel) const {
+    const WorldConfig& config = world_.config();
+    return {.state = reinterpret_cast<const cuda::DeviceState*>(workspace_->data()),
+            .channel = channel,
+            .nodes = config.layout.topology.nodes(),
+            .ranks_per_node = config.layout.topology.ranks_per_node,
+            .combine_type = config.combine_type,
+            .per_expert = config.per_expert,
+            .num_sms = options_.num_sms,
+            .stream = reinterpret_cast<cuda::Stream>(streams_[channel])};
+  }
+
+  /// Tells the engine who owns what, so that it can check scopes.
+  void register_memory() {
+    const auto device = static_cast<int>(rank_);
+    simt::register_range(workspace_->data(), workspace_->bytes(), simt::MemoryKind::device, device);
+    simt::register_range(world_.arena(rank_), world_.config().layout.total_bytes(), simt::MemoryKind::device,
+                         device);
+    simt::register_range(&host_, sizeof host_, simt::MemoryKind::host, device);
+    simt::register_range(ring_.data(), ring_.size() * sizeof(cuda::RingEntry), simt::MemoryKind::host,
+                         device);
+  }
+
+  static void expect_rows(const std::string& name, const Bytes& got, const Bytes& want, size_t row_bytes) {
+    ASSERT_EQ(got.size(), want.size());
+    const auto [first, other] = std::mismatch(got.begin(), got.end(), want.begin());
+    if (first == got.end()) return;
+    const auto at = static_cast<size_t>(first - got.begin());
+    ADD_FAILURE() << name << ": row " << at / row_bytes << " of " << got.size() / row_bytes
+                  << " differs first at byte " << at % row_bytes << " of " << row_bytes << ": "
+                  << static_cast<int>(*first) << " instead of " << static_cast<int>(*other);
+  }
+
+  World& world_;
+  const uint32_t rank_;
+  const Options options_;
+  std::unique_ptr<TestMemory> workspace_;
+  std::vector<cuda::RingEntry> ring_;
+  HostWords host_;
+  cuda::DeviceRingReader reader_{ring_.data(), &host_.ring_tail, options_.ring_capacity};
+  std::vector<simt::stream_t> streams_;
+  std::deque<Buffers> rounds_;
+};
+
+}  // namespace efa_ep

@@ -1,0 +1,93 @@
+// The twin of csrc/cuda/device_primitives.cuh for CPU fibers. Include that file instead of this one.
+#pragma once
+
+#include <chrono>
+
+#include "engine/atomics.h"
+#include "engine/cuda_spelling.h"
+#include "engine/simt.h"
+
+#define DP_DEVICE inline
+#define DP_SHARED(T, name)             \
+  static const char dp_key_##name = 0; \
+  T& name = *static_cast<T*>(::simt::shared_alloc(&dp_key_##name, sizeof(T), alignof(T)))
+#define DP_SHARED_ARRAY(T, name, n)    \
+  static const char dp_key_##name = 0; \
+  T(&name)                             \
+  [n] = *static_cast<T(*)[n]>(::simt::shared_alloc(&dp_key_##name, sizeof(T[n]), alignof(T)))
+// A stream here is the engine's, under the name that CUDA's has.
+#define DP_LAUNCH(kernel, grid, block, smem, stream, ...)                               \
+  ::simt::launch(kernel, grid, block, smem, reinterpret_cast<::simt::stream_t>(stream), \
+                 #kernel __VA_OPT__(, ) __VA_ARGS__)
+
+namespace dp {
+
+using ::simt::Scope;
+
+inline uint4 ld_nc(const void* p) {
+  ::simt::check_align(p, 16);
+  return *static_cast<const uint4*>(p);
+}
+inline uint4 ld_na(const void* p) { return ld_nc(p); }
+inline void st_na(void* p, uint4 v) {
+  ::simt::check_align(p, 16);
+  *static_cast<uint4*>(p) = v;
+}
+
+template <class T>
+T ld_acquire_gpu(const T* p) {
+  return ::simt::load<__ATOMIC_ACQUIRE>(p, Scope::gpu);
+}
+template <class T>
+T ld_acquire_sys(const T* p) {
+  return ::simt::load<__ATOMIC_ACQUIRE>(p, Scope::sys);
+}
+template <class T>
+T ld_relaxed_gpu(const T* p) {
+  return ::simt::load<__ATOMIC_RELAXED>(p, Scope::gpu);
+}
+template <class T>
+T ld_relaxed_sys(const T* p) {
+  return ::simt::load<__ATOMIC_RELAXED>(p, Scope::sys);
+}
+template <class T>
+void st_release_sys(T* p, std::type_identity_t<T> v) {
+  ::simt::store<__ATOMIC_RELEASE>(p, v, Scope::sys);
+}
+template <class T>
+void st_relaxed_gpu(T* p, std::type_identity_t<T> v) {
+  ::simt::store<__ATOMIC_RELAXED>(p, v, Scope::gpu);
+}
+template <class T>
+void st_relaxed_sys(T* p, std::type_identity_t<T> v) {
+  ::simt::store<__ATOMIC_RELAXED>(p, v, Scope::sys);
+}
+template <class T>
+T atom_add_gpu(T* p, std::type_identity_t<T> v) {
+  return ::simt::fetch_add<__ATOMIC_RELAXED>(p, v, Scope::gpu);
+}
+template <class T>
+T atom_add_acq_rel_gpu(T* p, std::type_identity_t<T> v) {
+  return ::simt::fetch_add<__ATOMIC_ACQ_REL>(p, v, Scope::gpu);
+}
+inline uint32_t atom_cas_gpu(uint32_t* p, uint32_t expected, uint32_t desired) {
+  return ::simt::compare_exchange<__ATOMIC_RELAXED>(p, expected, desired, Scope::gpu);
+}
+// In two steps, in either order: nothing says that the words become visible at once.
+inline void st_relaxed_sys_v2(uint64_t* p, uint64_t first, uint64_t second) {
+  ::simt::check_align(p, 16);
+  const bool first_word_first = ::simt::random_bit();
+  if (first_word_first) ::simt::store<__ATOMIC_RELAXED>(p, first, Scope::sys);
+  ::simt::store<__ATOMIC_RELAXED>(p + 1, second, Scope::sys);
+  if (!first_word_first) ::simt::store<__ATOMIC_RELAXED>(p, first, Scope::sys);
+}
+inline void fence_release_sys() { ::simt::fence(false, true, Scope::sys); }
+inline void fence_acquire_sys() { ::simt::fence(true, false, Scope::sys); }
+
+inline void spin_pause() { ::simt::spin_yield(); }
+inline uint64_t global_timer() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
+}
+
+}  // namespace dp

@@ -1,0 +1,60 @@
+// Block-shared memory: an arena per block, filled with 0xCD (never zero by luck), with red zones
+// between variables that ASan knows about.
+#include <algorithm>
+#include <cstring>
+
+#include "engine/state.h"
+
+namespace simt {
+
+namespace {
+
+constexpr size_t kMinAlign = 128;
+constexpr size_t kDynamicAlign = 1024;
+constexpr int kFill = 0xCD;
+
+void* allocate(Block* b, size_t bytes, size_t align) {
+  SharedMemory& s = b->shared;
+  if (!s.arena) {
+    s.arena.reset(new unsigned char[kArenaBytes]);
+    std::memset(s.arena.get(), kFill, kArenaBytes);
+    if (g_asan) __asan_poison_memory_region(s.arena.get(), kArenaBytes);
+  }
+  const auto base = reinterpret_cast<uintptr_t>(s.arena.get());
+  const uintptr_t address = (base + s.offset + align - 1) & ~(align - 1);
+  s.used += bytes;
+  s.offset = address - base + bytes + kRedZone;
+  if (s.used > kSharedMemoryLimit || s.offset > kArenaBytes) {
+    die("shared memory over %zu bytes", kSharedMemoryLimit);
+  }
+  void* p = reinterpret_cast<void*>(address);
+  if (g_asan) __asan_unpoison_memory_region(p, bytes);
+  return p;
+}
+
+}  // namespace
+
+void* shared_alloc(const void* key, size_t bytes, size_t align) {
+  QuietScope quiet;
+  Block* b = current_block();
+  for (const auto& [known_key, p] : b->shared.variables) {
+    if (known_key == key) return p;
+  }
+  void* p = allocate(b, bytes, std::max(align, kMinAlign));
+  b->shared.variables.emplace_back(key, p);
+  return p;
+}
+
+void* dyn_shared() {
+  QuietScope quiet;
+  Block* b = current_block();
+  if (!b->shared.dynamic) b->shared.dynamic = allocate(b, b->launch->dyn_smem, kDynamicAlign);
+  return b->shared.dynamic;
+}
+
+void release_shared_memory(Block* b) {
+  if (g_asan && b->shared.arena) __asan_unpoison_memory_region(b->shared.arena.get(), kArenaBytes);
+  b->shared.arena.reset();
+}
+
+}  // namespace simt

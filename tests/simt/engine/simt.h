@@ -1,0 +1,161 @@
+// Host execution of CUDA-style kernels: one fiber per CUDA thread.
+//
+// This header is what host code (tests, bindings) and the device-side headers see of the engine.
+// It is split in two: the functions that kernel code reaches through engine/cuda_spelling.h and
+// device_primitives_host.h, and the small launch API used by host code.
+#pragma once
+
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+#include <utility>
+
+#include "engine/ptx_registry.h"
+
+namespace simt {
+
+struct Block;
+struct Stream;
+using stream_t = Stream*;
+
+// ------------------------------------------------------------------------------------------------
+// State of the running CUDA thread
+// ------------------------------------------------------------------------------------------------
+
+struct CudaThread {
+  uint3 thread_idx, block_idx;
+  dim3 block_dim, grid_dim;
+  uint32_t linear;  // thread index within the block, x fastest
+  uint32_t lane, warp;
+  int device;  // rank given to stream_create()
+  Block* block;
+};
+
+// Null outside of kernels. Blocks never migrate between OS threads, so caching the TLS address
+// across a fiber switch is harmless.
+extern thread_local CudaThread* tls_thread __attribute__((tls_model("initial-exec")));
+inline CudaThread& cur() { return *tls_thread; }
+inline bool in_kernel() { return tls_thread != nullptr; }
+
+// Lanes of the calling thread's warp that exist (the last warp of a block may be partial).
+inline uint32_t existing_lanes() {
+  const CudaThread& t = cur();
+  const uint32_t threads = t.block_dim.x * t.block_dim.y * t.block_dim.z;
+  const uint32_t in_warp = threads - t.warp * 32;
+  return in_warp >= 32 ? 0xffffffffu : (1u << in_warp) - 1;
+}
+
+[[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// ------------------------------------------------------------------------------------------------
+// Engine entry points used by device code
+// ------------------------------------------------------------------------------------------------
+
+// Scheduling.
+void spin_yield();     // a polling thread lets others run
+void preempt_point();  // random preemption when Config::chaos is set, otherwise nothing
+
+bool random_bit();  // false without chaos
+
+// Barriers. threads == 0 means "all live threads of the block".
+// Returns how many threads voted.
+int block_barrier(int id, int threads, bool arrive_only = false, bool vote = false);
+
+// Warp collectives. Every lane named in the mask must arrive with the same operation.
+enum class WarpOp : uint32_t { sync = 1, shuffle, vote, match, reduce };
+// Exchanges 64 bits per lane; gives no memory ordering (as in PTX). The result has 32 slots and is
+// valid until the calling thread's next engine call.
+const uint64_t* warp_exchange(uint32_t mask, WarpOp op, uint64_t value);
+void warp_sync(uint32_t mask);  // __syncwarp: rendezvous with memory ordering
+
+// Block-shared memory. `key` identifies the declaration, so that every thread gets the same bytes.
+void* shared_alloc(const void* key, size_t bytes, size_t align);
+void* dyn_shared();
+
+// Async proxy: mbarriers and bulk copies.
+void mbar_init(uint64_t* barrier, uint32_t count);
+void mbar_arrive(uint64_t* barrier, uint32_t tx_bytes);
+bool mbar_try(uint64_t* barrier, uint32_t parity);
+void bulk_load(void* dst_shared, const void* src, uint32_t bytes, uint64_t* barrier);
+void bulk_store(void* dst, const void* src_shared, uint32_t bytes);
+void bulk_commit();
+void bulk_wait(int pending, bool read_only);
+void proxy_fence();
+
+// Memory order. The templates in engine/atomics.h are the callers.
+enum class Scope : uint8_t { cta, gpu, sys };
+void check_scope(const void* p, Scope scope);  // dies on a too narrow scope
+void note_load(const void* p, uint64_t value, bool relaxed);
+void note_relaxed_store(const void* p);
+void fence(bool acquire, bool release, Scope scope);
+
+inline void check_align(const void* p, size_t align) {
+  if (__builtin_expect((reinterpret_cast<uintptr_t>(p) & (align - 1)) != 0, 0)) {
+    die("misaligned %zu-byte access at %p", align, p);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Launch API used by host code
+// ------------------------------------------------------------------------------------------------
+
+// The environment variables SIMT_WORKERS, SIMT_SEED, SIMT_CHAOS and SIMT_HANG override the fields.
+struct Config {
+  int workers = 0;           // OS threads; 0: one per CPU; -1: run inside stream_sync (deterministic)
+  uint64_t seed = 0;         // of the schedule fuzzer
+  int chaos = 0;             // preempt at one in `chaos` synchronising accesses; 0: never
+  size_t stack_bytes = 0;    // per fiber; 0: 64 KiB, 256 KiB under a sanitizer
+  double hang_seconds = 20;  // without progress before the engine reports a hang and aborts
+};
+void configure(const Config& config);  // before the first launch
+
+// Streams are in-order queues. max_resident_blocks caps co-resident blocks per launch (0: no cap)
+// and so finds kernels that silently assume that the whole grid is resident.
+stream_t stream_create(int device, int max_resident_blocks = 0);
+void stream_sync(stream_t stream);
+void launch_raw(stream_t stream, dim3 grid, dim3 block, size_t dyn_smem, std::function<void()> body,
+                const char* name);
+
+// For OS threads that exchange data with kernels (CPU proxies, fake network cards) in TSan builds:
+// call it after reading a command and before touching the data. Without it TSan may drop the
+// thread's races when more than about 250 CUDA threads are alive (see sanitizer_glue.h). No
+// ordering.
+void host_thread_checkpoint();
+
+struct Stats {
+  uint64_t switches, spins, barriers, exchanges, fibers, idle_sleeps;
+};
+Stats stats();
+
+// Registers memory with its owner. Synchronising on registered memory of another device, or on host
+// memory, with less than system scope is then a fatal error.
+enum class MemoryKind : uint8_t { device, host };
+// While no kernel runs.
+void register_range(const void* p, size_t bytes, MemoryKind kind, int device);
+void unregister_ranges(int device);
+
+// Launches a kernel function. When translated PTX kernels are linked into the program (see ptx/),
+// the PTX version of the same kernel runs instead.
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dyn_smem, stream_t stream,
+            const char* name, Args&&... args) {
+  static_assert(sizeof...(Params) == sizeof...(Args), "wrong number of kernel arguments");
+  if (ptx::enabled()) {
+    ptx::ParamPack pack;
+    (pack.add(static_cast<std::decay_t<Params>>(std::forward<Args>(args))), ...);
+    ptx::Body body = ptx::bind(reinterpret_cast<void*>(kernel), name, std::move(pack));
+    launch_raw(stream, grid, block, dyn_smem, std::move(body), name);
+  } else {
+    auto body = [kernel, ... values = static_cast<std::decay_t<Params>>(std::forward<Args>(args))]() {
+      kernel(values...);
+    };
+    launch_raw(stream, grid, block, dyn_smem, std::move(body), name);
+  }
+}
+
+}  // namespace simt

@@ -1,0 +1,168 @@
+// What the kernels say when something is wrong: the fault, the half, the round, the rank. They never hang,
+// trap or send nonsense, and an instance that failed stays silent.
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <thread>
+
+#include "cuda_world.h"
+#include "small_world.h"
+
+namespace efa_ep {
+namespace {
+
+using cuda::DeviceError;
+using cuda::Fault;
+
+constexpr uint64_t kShortNs = 200'000'000;
+
+CudaRank::Options impatient() {
+  CudaRank::Options options;
+  options.timeout_ns = kShortNs;
+  return options;
+}
+
+TEST(Faults, ASourceThatNeverSendsIsNamed) {
+  const WorldConfig config = small_config(1, 2);
+  CudaWorld world(config, impatient());
+  const auto round = Planner(config).plan();
+  world.rank(0).dispatch_send(0, round[0]);
+  world.rank(0).dispatch_recv(0);
+  world.rank(0).sync();
+  EXPECT_EQ(world.rank(0).error(), (DeviceError{.fault = Fault::kTimeout,
+                                                .half = cuda::Half::kDispatchRecv,
+                                                .channel = 0,
+                                                .rank = 1,
+                                                .round = 1,
+                                                .detail = 0}));
+}
+
+TEST(Faults, ARailPeerThatNeverSendsIsNamed) {
+  const WorldConfig config = small_config(3, 1);
+  CudaWorld world(config, impatient());
+  const auto round = Planner(config).plan();
+  for (const uint32_t rank : {0u, 2u}) world.rank(rank).dispatch_send(0, round[rank]);
+  world.rank(0).dispatch_recv(0);
+  world.rank(0).sync();
+  world.rank(2).sync();
+  EXPECT_EQ(world.rank(0).error().fault, Fault::kTimeout);
+  EXPECT_EQ(world.rank(0).error().rank, 1u);
+}
+
+TEST(Faults, AnOwnerThatNeverAnswersIsNamedByItsRound) {
+  const WorldConfig config = small_config(1, 2);
+  CudaWorld world(config, impatient());
+  const auto round = Planner(config).plan();
+  for (const uint32_t rank : {0u, 1u}) world.rank(rank).dispatch_send(0, round[rank]);
+  for (const uint32_t rank : {0u, 1u}) world.rank(rank).dispatch_recv(0);
+  world.rank(0).combine_send(0);
+  world.rank(0).combine_recv(0);
+  for (const uint32_t rank : {0u, 1u}) world.rank(rank).sync();
+  EXPECT_EQ(world.rank(1).error(), DeviceError{});
+  EXPECT_EQ(world.rank(0).error(), (DeviceError{.fault = Fault::kTimeout,
+                                                .half = cuda::Half::kCombineRecv,
+                                                .channel = 0,
+                                                .rank = 1,
+                                                .round = 1,
+                                                .detail = 0}));
+}
+
+TEST(Faults, AnIdOutOfRangeSendsNothing) {
+  for (const int64_t bad : {int64_t{-2}, int64_t{2}, int64_t{1} << 32}) {
+    WorldConfig config = small_config(2, 1);
+    config.ids_are_64_bit = true;
+    CudaWorld world(config, impatient());
+    auto round = Planner(config).plan();
+    RankRound& mine = round[0];
+    mine.tokens = 1;
+    mine.ids = {0, bad};
+    mine.weights = {1.0f, 1.0f};
+    mine.x.resize(config.layout.row.payload_bytes);
+    world.rank(0).dispatch_send(0, mine);
+    world.rank(0).sync();
+    EXPECT_EQ(world.rank(0).error().fault, Fault::kExpertId);
+    EXPECT_EQ(world.rank(0).error().half, cuda::Half::kDispatchSend);
+    EXPECT_EQ(world.rank(0).error().detail, bad);
+    EXPECT_EQ(world.world().proxy(0)->counters().writes, 0u);
+  }
+}
+
+TEST(Faults, TooManyTokensSendNothing) {
+  const WorldConfig config = small_config(2, 1);
+  CudaRank::Options options = impatient();
+  options.tokens_on_device = true;
+  CudaWorld world(config, options);
+  RankRound round;
+  round.tokens = kMaxTokens + 1;
+  world.rank(0).dispatch_send(0, round);
+  world.rank(0).sync();
+  EXPECT_EQ(world.rank(0).error().fault, Fault::kTooManyTokens);
+  EXPECT_EQ(world.rank(0).error().detail, kMaxTokens + 1);
+  EXPECT_EQ(world.world().proxy(0)->counters().writes, 0u);
+}
+
+TEST(Faults, TheHostCanEndAWait) {
+  const WorldConfig config = small_config(1, 2);
+  CudaWorld world(config, {});
+  const auto round = Planner(config).plan();
+  world.rank(0).dispatch_send(0, round[0]);
+  world.rank(0).dispatch_recv(0);
+  world.rank(0).stop();
+  world.rank(0).sync();
+  EXPECT_EQ(world.rank(0).error().fault, Fault::kStopped);
+}
+
+TEST(Faults, AFailedInstanceSendsAndWritesNothingMore) {
+  const WorldConfig config = small_config(1, 2);
+  CudaWorld world(config, impatient());
+  const auto round = Planner(config).plan();
+  world.rank(0).dispatch_send(0, round[0]);
+  world.rank(0).dispatch_recv(0);
+  world.rank(0).sync();
+  const DeviceError first = world.rank(0).error();
+  ASSERT_EQ(first.fault, Fault::kTimeout);
+  const Bytes before(world.world().arena(1), world.world().arena(1) + config.layout.total_bytes());
+  world.rank(0).combine_send(0);
+  world.rank(0).combine_recv(0);
+  world.rank(0).dispatch_send(0, round[0]);
+  world.rank(0).sync();
+  EXPECT_EQ(world.rank(0).error(), first);
+  EXPECT_TRUE(std::equal(before.begin(), before.end(), world.world().arena(1)));
+}
+
+// A peer's words become addresses, so they are checked.
+TEST(Faults, AListThatNamesNoRowIsRefused) {
+  const WorldConfig config = small_config(1, 2);
+  CudaWorld world(config, impatient());
+  const Layout& layout = config.layout;
+  const auto round = Planner(config).plan();
+  world.rank(0).dispatch_send(0, round[0]);
+  world.rank(0).sync();
+  const uint32_t beyond = layout.topology.nodes() * layout.max_tokens;
+  std::memcpy(world.world().arena(1) + layout.row_list(0, 0, 0), &beyond, sizeof beyond);
+  const uint64_t flag = RoundWord{1, 1}.encode();
+  std::memcpy(world.world().arena(0) + layout.dispatch_flag(0, layout.block(0, 0, 1)), &flag, sizeof flag);
+  world.rank(0).dispatch_recv(0);
+  world.rank(0).sync();
+  EXPECT_EQ(world.rank(0).error().fault, Fault::kRowNumber);
+  EXPECT_EQ(world.rank(0).error().rank, 1u);
+  EXPECT_EQ(world.rank(0).error().detail, beyond);
+}
+
+TEST(Faults, MoreRowsThanARankMaySendAreRefused) {
+  const WorldConfig config = small_config(1, 2);
+  CudaWorld world(config, impatient());
+  const Layout& layout = config.layout;
+  const auto round = Planner(config).plan();
+  world.rank(0).dispatch_send(0, round[0]);
+  world.rank(0).sync();
+  const uint64_t flag = RoundWord{1, layout.max_tokens + 1}.encode();
+  std::memcpy(world.world().arena(0) + layout.dispatch_flag(0, layout.block(0, 0, 1)), &flag, sizeof flag);
+  world.rank(0).dispatch_recv(0);
+  world.rank(0).sync();
+  EXPECT_EQ(world.rank(0).error().fault, Fault::kRowCount);
+  EXPECT_EQ(world.rank(0).error().rank, 1u);
+}
+
+}  // namespace
+}  // namespace efa_ep

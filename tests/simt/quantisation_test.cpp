@@ -1,0 +1,106 @@
+// Fused quantisation: bf16 tokens become fp8 rows with scales on their way out. The reference quantises on
+// the CPU from the formats' definitions, one number at a time, and the oracle then expects its bytes.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+
+#include "cuda_world.h"
+#include "test_environment.h"
+
+namespace efa_ep {
+namespace {
+
+constexpr uint32_t kGroup = 128;
+constexpr float kLargest = 448.0f;
+
+/// The number that an e4m3 code without sign stands for: 4 exponent bits with bias 7, 3 fraction bits.
+double decode_e4m3(uint32_t code) {
+  const int exponent = static_cast<int>(code >> 3);
+  const double fraction = (code & 7) / 8.0;
+  return exponent == 0 ? std::ldexp(fraction, -6) : std::ldexp(1 + fraction, exponent - 7);
+}
+
+/// The nearest code, ties to the even one, by trying all.
+uint8_t encode_e4m3(float value) {
+  const double magnitude = std::fabs(static_cast<double>(value));
+  uint32_t best = 0;
+  for (uint32_t code = 1; code <= 0x7E; ++code) {
+    const double distance = std::fabs(decode_e4m3(code) - magnitude);
+    const double so_far = std::fabs(decode_e4m3(best) - magnitude);
+    if (distance < so_far || (distance == so_far && code % 2 == 0)) best = code;
+  }
+  return static_cast<uint8_t>(best | (std::signbit(value) ? 0x80u : 0u));
+}
+
+/// Quantises one token: codes, and scales behind each other.
+void quantise(const std::vector<float>& values, bool power_of_2, std::byte* codes, std::byte* scales) {
+  for (size_t group = 0; group < values.size() / kGroup; ++group) {
+    const float* block = values.data() + group * kGroup;
+    float largest = 1e-10f;
+    for (uint32_t i = 0; i < kGroup; ++i) largest = std::max(largest, std::fabs(block[i]));
+    float scale = largest / kLargest;
+    if (power_of_2) {
+      int exponent = 0;
+      if (std::frexp(scale, &exponent) == 0.5f) --exponent;
+      scale = std::ldexp(1.0f, exponent);
+      scales[group] = static_cast<std::byte>(exponent + 127);
+    } else {
+      std::memcpy(scales + group * sizeof scale, &scale, sizeof scale);
+    }
+    for (uint32_t i = 0; i < kGroup; ++i)
+      codes[group * kGroup + i] = std::byte(encode_e4m3(block[i] / scale));
+  }
+}
+
+class Quantisation : public testing::TestWithParam<cuda::Quantisation> {};
+
+TEST_P(Quantisation, MakesTheBytesOfTheReference) {
+  const bool power_of_2 = GetParam() == cuda::Quantisation::kFp8PowerOf2;
+  constexpr uint32_t kHidden = 9 * kGroup;  // not a whole number of passes of a warp
+  WorldConfig config;
+  config.layout.topology = {4, 2};
+  config.layout.row = {.top_k = 2,
+                       .payload_bytes = kHidden,
+                       .scale_bytes = kHidden / kGroup * (power_of_2 ? 1 : 4),
+                       .combine_bytes = 64};
+  config.layout.max_tokens = 12;
+  for (uint32_t expert = 0; expert < 8; ++expert) config.expert_owner.push_back(expert / 2);
+  config.routing = Routing::kDistinct;
+  config.proxy_threads = false;
+  config.seed = test_seed(5);
+  // The plan's rows are the reference's codes: planned as bytes, then the inputs become what they come from.
+  std::mt19937_64 random(config.seed);
+  std::vector<Bytes> inputs(config.world());
+  std::vector<RankRound> round = Planner(config).plan([&](uint32_t rank, RankRound& plan) {
+    inputs[rank].resize(size_t{plan.tokens} * kHidden * 2);
+    for (uint32_t token = 0; token < plan.tokens; ++token) {
+      std::vector<float> values(kHidden);
+      for (size_t i = 0; i < values.size(); ++i) {
+        const auto size = static_cast<int>(random() % 20) - 12 - (i < kGroup ? 100 : 0);
+        float value = std::ldexp(static_cast<float>(random() % 512) - 256, size);
+        if (i / kGroup == 3) value = 0;
+        uint32_t bits = 0;
+        std::memcpy(&bits, &value, sizeof bits);
+        const auto half = static_cast<uint16_t>(bits >> 16);
+        bits &= 0xFFFF0000u;
+        std::memcpy(&values[i], &bits, sizeof bits);
+        std::memcpy(inputs[rank].data() + (size_t{token} * kHidden + i) * 2, &half, sizeof half);
+      }
+      quantise(values, power_of_2, plan.x.data() + size_t{token} * kHidden,
+               plan.scales.data() + size_t{token} * config.layout.row.scale_bytes);
+    }
+  });
+  for (uint32_t rank = 0; rank < config.world(); ++rank) round[rank].x = inputs[rank];
+  CudaRank::Options options;
+  options.quantisation = GetParam();
+  CudaWorld(config, options).run({{round}});
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, Quantisation,
+                         testing::Values(cuda::Quantisation::kFp8, cuda::Quantisation::kFp8PowerOf2));
+
+}  // namespace
+}  // namespace efa_ep

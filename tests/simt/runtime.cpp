@@ -1,0 +1,20 @@
+// csrc/cuda/runtime.h on the engine, and how a Python test gets a stream.
+#include "cuda/runtime.h"
+
+#include "engine/simt.h"
+
+namespace efa_ep::cuda {
+
+void throw_if_launch_failed() {}
+
+bool is_done(Stream stream) {
+  simt::stream_sync(reinterpret_cast<simt::stream_t>(stream));
+  return true;
+}
+
+}  // namespace efa_ep::cuda
+
+/// A stream of the device with that number, for ctypes.
+extern "C" __attribute__((visibility("default"))) void* simt_new_stream(int device) {
+  return simt::stream_create(device);
+}

@@ -1,0 +1,145 @@
+"""The CUDA driver, through ``cuda-python``: every call checked, every refusal explained.
+
+``cuda.bindings`` finds libcuda at the first call, so this module loads on machines without a driver.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from vllm_efa_ep.errors import CudaError, DeviceUnavailableError
+
+# What to do about results that users meet when something around the program is not set up.
+_REMEDIES: Mapping[str, str] = {
+    "CUDA_ERROR_NO_DEVICE": "the driver sees no GPU; check nvidia-smi, CUDA_VISIBLE_DEVICES and the "
+    "container's GPU access",
+    "CUDA_ERROR_SYSTEM_NOT_READY": "nvidia-fabricmanager has not set up the NVSwitches; check "
+    "`systemctl status nvidia-fabricmanager`, or replace the instance",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "kernel module and libcuda have different versions; reboot after "
+    "an update of the driver",
+    "CUDA_ERROR_NOT_PERMITTED": "the process may not do this; in a container, grant access to the GPU's "
+    "device files",
+    "CUDA_ERROR_OUT_OF_MEMORY": "the GPU's memory is used up; lower max_tokens_per_rank (`vllm-efa-ep plan` "
+    "shows what an instance takes), or vLLM's --gpu-memory-utilization",
+}
+
+
+def bindings() -> ModuleType:
+    """Return ``cuda.bindings.driver``.
+
+    Raises:
+        DeviceUnavailableError: It is not installed.
+
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise DeviceUnavailableError(
+            f"CUDA tensors need cuda-python, which cannot be imported ({error}); "
+            "pip install 'vllm-efa-ep[cuda]'"
+        ) from error
+    module: ModuleType = driver
+    return module
+
+
+def call(purpose: str, name: str, *arguments: Any) -> Any:
+    """Call the driver's function ``name`` and return what it returns beside the result code.
+
+    Args:
+        purpose: What the call is for, as the start of an error's text.
+        name: For example ``cuMemCreate``.
+        arguments: As ``cuda.bindings.driver`` takes them.
+
+    Raises:
+        DeviceUnavailableError: There is no driver.
+        CudaError: The driver refuses; the message has its reason and, where one is known, the remedy.
+
+    """
+    try:
+        result, *values = getattr(bindings(), name)(*arguments)
+    except RuntimeError as error:  # how cuda.bindings says that libcuda or the function is missing
+        raise DeviceUnavailableError(
+            f"{purpose}: there is no usable NVIDIA driver here ({error}); install it, or start the "
+            "container with GPU access"
+        ) from error
+    if int(result) != 0:
+        remedy = _REMEDIES.get(result.name)
+        raise CudaError(f"{purpose}: {name} returned {result.name}" + (f"; {remedy}" if remedy else ""))
+    return values[0] if values else None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An opened GPU, whose primary context is this thread's current one.
+
+    Attributes:
+        ordinal: CUDA's number of it in this process.
+        bus_id: Its PCI address.
+        supports_dmabuf: Whether its memory can be exported as dma-buf, which NICs register.
+
+    """
+
+    ordinal: int
+    bus_id: str
+    supports_dmabuf: bool
+
+
+def open_gpu(ordinal: int) -> Gpu:
+    """Open a GPU and check that its memory can be shared with processes and NICs.
+
+    Raises:
+        DeviceUnavailableError: No driver, no such GPU, or it lacks what the message names.
+
+    """
+    cuda = bindings()
+    attributes = cuda.CUdevice_attribute
+    try:
+        call("starting CUDA", "cuInit", 0)
+        device = call(f"opening GPU {ordinal}", "cuDeviceGet", ordinal)
+        context = call(f"opening GPU {ordinal}", "cuDevicePrimaryCtxRetain", device)
+        call(f"opening GPU {ordinal}", "cuCtxSetCurrent", context)
+    except CudaError as error:
+        raise DeviceUnavailableError(str(error)) from error
+
+    def supports(attribute: Any) -> bool:
+        return bool(call(f"asking what GPU {ordinal} can do", "cuDeviceGetAttribute", attribute, device))
+
+    for attribute, lacks, remedy in (
+        (
+            attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+            "virtual memory management",
+            "use a GPU from Volta on with a 64-bit driver",
+        ),
+        (
+            attributes.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
+            "memory handles that are file descriptors",
+            "use a Linux driver, not WSL",
+        ),
+    ):
+        if not supports(attribute):
+            raise DeviceUnavailableError(
+                f"GPU {ordinal} lacks {lacks} ({attribute.name} is 0), without which ranks cannot share "
+                f"memory; {remedy}"
+            )
+    bus_id = call(f"locating GPU {ordinal}", "cuDeviceGetPCIBusId", 32, device)
+    return Gpu(
+        ordinal,
+        bus_id.split(b"\0")[0].decode(),
+        supports_dmabuf=supports(attributes.CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED),
+    )
+
+
+def require_rdma(gpu: Gpu) -> None:
+    """Check that NICs can write to memory of the kind ``DeviceArena`` uses.
+
+    Raises:
+        DeviceUnavailableError: They cannot.
+
+    """
+    attribute = bindings().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
+    if not call(f"asking what GPU {gpu.ordinal} can do", "cuDeviceGetAttribute", attribute, gpu.ordinal):
+        raise DeviceUnavailableError(
+            f"NICs cannot reach the memory of GPU {gpu.ordinal} ({attribute.name} is 0); use a data-centre "
+            "GPU and, in a virtual machine, one that is passed through with its NICs"
+        )

@@ -1,0 +1,101 @@
+"""The four halves as kernels in torch's current stream, behind the interface of the CPU's halves."""
+
+from typing import Any
+
+from vllm_efa_ep import _core
+from vllm_efa_ep.cuda.driver import call
+from vllm_efa_ep.cuda.streams import current_stream, is_capturing
+from vllm_efa_ep.errors import ConfigurationError
+
+_NO_EXPERT = 0xFFFFFFFF  # -1
+
+
+class CudaHalves:
+    """Launches in the order of the calls. Inputs and outputs must stay as they are until the stream is past.
+
+    Nothing waits for the GPU but ``dispatch_recv`` in the per_token layout, which has to know the number of
+    rows. While a CUDA graph is captured it does not either: it returns the most rows there can be, and gives
+    rows that did not come the expert ids -1.
+    """
+
+    def __init__(self, core: _core.CudaDevice, layout: _core.Layout, per_expert: bool) -> None:
+        """Take over a device with its workspace in place."""
+        self._core = core
+        self._capacity = layout.result_rows
+        self._top_k = layout.top_k
+        self._per_expert = per_expert
+        self._counters = {"rounds": 0, "tokens": 0, "received_rows": 0}
+
+    def dispatch_send(
+        self,
+        channel: int,
+        x: int,
+        x_stride: int,
+        scales: int,
+        ids: int,
+        ids_are_64_bit: bool,
+        weights: int,
+        tokens: int,
+    ) -> None:
+        """Launch the start of a round."""
+        self._core.dispatch_send(
+            channel, current_stream(), x, x_stride, scales, ids, ids_are_64_bit, weights, tokens
+        )
+        self._counters["rounds"] += 1
+        self._counters["tokens"] += tokens
+
+    def dispatch_recv(
+        self, channel: int, room: int, x: int, scales: int, ids: int, weights: int, tokens_per_expert: int
+    ) -> int:
+        """Launch the receipt; ``room`` is for all rows there can be."""
+        if room < self._capacity:
+            raise ConfigurationError(f"kernels need room for {self._capacity} rows, not {room}")
+        stream = current_stream()
+        fixed_shape = self._per_expert or is_capturing()
+        if fixed_shape and ids:
+            slots = self._capacity * self._top_k
+            call("dropping rows that do not come", "cuMemsetD32Async", ids, _NO_EXPERT, slots, stream)
+        self._core.dispatch_recv(channel, stream, x, scales, ids, weights, tokens_per_expert)
+        if fixed_shape:
+            return self._capacity
+        rows = self._core.wait_for_rows(channel, stream)
+        self._counters["received_rows"] += rows
+        return rows
+
+    def dispatch_pack(
+        self,
+        channel: int,  # noqa: ARG002
+        x: int,  # noqa: ARG002
+        scales: int,  # noqa: ARG002
+        ids: int,  # noqa: ARG002
+        weights: int,  # noqa: ARG002
+        tokens_per_expert: int,  # noqa: ARG002
+    ) -> None:
+        """Not needed: there is room for everything."""
+        raise ConfigurationError("dispatch_recv has packed all rows already")
+
+    def combine_send(self, channel: int, rows: int, per_slot: bool, weights_applied: bool) -> None:
+        """Launch the sending of results."""
+        self._core.combine_send(channel, current_stream(), rows, per_slot, weights_applied)
+
+    def combine_recv(self, channel: int, out: int) -> None:
+        """Launch the receipt of the own tokens' results."""
+        self._core.combine_recv(channel, current_stream(), out)
+
+    def counters(self) -> dict[str, Any]:
+        """Return what the host knows; rows and drops on the device, and replayed graphs, are not counted."""
+        return {
+            **self._counters,
+            "network_rows": 0,
+            "peer_rows": 0,
+            "dropped_slots": 0,
+            "dropped_weight": 0.0,
+        }
+
+    def half_seconds(self) -> dict[str, float]:
+        """Return nothing: time on the GPU is CUDA events' matter."""
+        return {}
+
+    def wait_seconds(self) -> dict[str, float]:
+        """Return nothing, as ``half_seconds``."""
+        return {}

@@ -1,0 +1,146 @@
+"""A rank on a GPU: its arena, the NICs and CPUs near it, and what its kernels share with its proxy."""
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from vllm_efa_ep import _core
+from vllm_efa_ep.config import Settings
+from vllm_efa_ep.cuda.arena import DeviceArena
+from vllm_efa_ep.cuda.driver import open_gpu, require_rdma
+from vllm_efa_ep.cuda.gdrcopy import GdrCopy
+from vllm_efa_ep.cuda.halves import CudaHalves
+from vllm_efa_ep.cuda.memory import DeviceMemory, PinnedMemory
+from vllm_efa_ep.cuda.streams import current_device, current_ordinal
+from vllm_efa_ep.errors import DeviceUnavailableError
+from vllm_efa_ep.pci_topology import gpu_affinity
+from vllm_efa_ep.rank_memory import Halves
+
+logger = logging.getLogger(__name__)
+
+
+class GpuMemory:
+    """The memory of a rank on torch's current GPU, for one instance."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the GPU.
+
+        Raises:
+            DeviceUnavailableError: No driver, or the GPU lacks something that the message names.
+
+        """
+        self._settings = settings
+        self._gpu = open_gpu(current_ordinal())
+        self.device = current_device()
+        #: Entries of the ring of commands, a power of two.
+        self._ring_commands = 1 << (settings.ring_commands - 1).bit_length()
+        self._signals_in_arena = False
+        self._host: PinnedMemory | None = None
+        self._cleanup = ExitStack()
+
+    def create(self, size: int) -> DeviceArena:
+        """Allocate the arena."""
+        return DeviceArena.create(self._gpu, size)
+
+    def map(self, descriptor: int, size: int) -> DeviceArena:
+        """Map a local peer's arena."""
+        return DeviceArena.map(self._gpu, descriptor, size)
+
+    def tensor(self, arena: DeviceArena, offset: int, size: int) -> torch.Tensor:
+        """Return bytes of an arena; they keep it mapped."""
+        return torch.as_tensor(arena.view(offset, size), device=self.device)
+
+    def fabric_arguments(self) -> dict[str, Any]:
+        """Choose the NICs near the GPU; log which, and why.
+
+        Raises:
+            DeviceUnavailableError: NICs cannot reach the GPU's memory.
+
+        """
+        require_rdma(self._gpu)
+        affinity = gpu_affinity(self._gpu.bus_id)
+        logger.info(
+            "EFA EP: GPU %s takes NICs %s by %s, NUMA node %s",
+            affinity.gpu,
+            ", ".join(affinity.nics) or "none",
+            affinity.locality.value,
+            affinity.numa_node,
+        )
+        return {"rdma_devices": list(affinity.nics), "device_memory": True}
+
+    def register(self, fabric: _core.Fabric, arena: DeviceArena) -> None:
+        """Register the arena with every NIC, by dma-buf if the driver exports one."""
+        dmabuf = arena.export_dmabuf()
+        try:
+            fabric.register_device_memory(arena.address, arena.bytes, dmabuf, self._gpu.ordinal)
+        finally:
+            if dmabuf >= 0:
+                os.close(dmabuf)
+
+    def proxy_arguments(self, arena: DeviceArena, layout: _core.Layout) -> dict[str, Any]:
+        """Place ring and signals, and pin the proxy's thread to the GPU's NUMA node."""
+        host = self._host_block(layout)
+        near = gpu_affinity(self._gpu.bus_id).cpus & os.sched_getaffinity(0)
+        signals = self._map_signals(arena, layout)
+        self._signals_in_arena = signals is not None
+        if signals is None:
+            signals = host.address + _core.cuda_signals_offset(self._ring_commands)
+        return {
+            "arena": None,
+            "commands": _core.DeviceRing(host_address=host.address, ring_commands=self._ring_commands),
+            "signals": signals,
+            "signals_combine_writes": self._signals_in_arena,
+            "cpus": sorted(near),
+            "own_core": True,  # kernels cannot do the proxy's work
+        }
+
+    def make_halves(self, arguments: dict[str, Any], check_wait: Callable[[str, int, str], None]) -> Halves:
+        """Return the halves as kernels; ``arguments`` are those of ``_core.CpuDevice``."""
+        host = self._host_block(arguments["layout"])
+        core = _core.CudaDevice(
+            **{**arguments, "arenas": [arena.address for arena in arguments["arenas"]]},
+            num_sms=self._settings.num_sms,
+            quantisation=_core.Quantisation.none,
+            chunk_bytes=self._settings.chunk_bytes,
+            host_address=host.address,
+            host_address_on_device=host.device_address,
+            ring_commands=self._ring_commands,
+            signals_in_arena=self._signals_in_arena,
+            check_wait=check_wait,
+        )
+        workspace = DeviceMemory(core.workspace_bytes)
+        self._cleanup.callback(workspace.close)
+        workspace.write(core.use_workspace(workspace.address))
+        return CudaHalves(core, arguments["layout"], arguments["per_expert"])
+
+    def first_room(self, capacity: int) -> int:
+        """Kernels pack without asking the host, so there must be room for everything."""
+        return capacity
+
+    def close(self) -> None:
+        """Free all but the arena. Kernels of this instance must be done."""
+        self._cleanup.close()
+
+    def _host_block(self, layout: _core.Layout) -> PinnedMemory:
+        if self._host is None:
+            self._host = PinnedMemory(_core.cuda_host_bytes(self._ring_commands, layout))
+            self._cleanup.callback(self._host.close)
+        return self._host
+
+    def _map_signals(self, arena: DeviceArena, layout: _core.Layout) -> int | None:
+        """Map the arena's signals for the proxy, or return None for signals in pinned memory."""
+        if self._settings.gpu_signals == "pinned":
+            return None
+        try:
+            gdrcopy = GdrCopy()
+            self._cleanup.callback(gdrcopy.close)
+            return gdrcopy.map(arena.address, layout.signal_bytes)
+        except DeviceUnavailableError as error:
+            if self._settings.gpu_signals == "gdrcopy":
+                raise
+            logger.info("EFA EP: kernels poll signals in host memory, over PCIe, since %s", error)
+            return None

@@ -1,0 +1,23 @@
+"""torch's current GPU and stream: all that this package asks torch.cuda."""
+
+import torch
+
+
+def current_device() -> torch.device:
+    """Return the GPU that this thread uses."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def current_ordinal() -> int:
+    """Return CUDA's number of that GPU."""
+    return torch.cuda.current_device()
+
+
+def current_stream() -> int:
+    """Return the ``cudaStream_t`` that this thread launches into."""
+    return torch.cuda.current_stream().cuda_stream
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph records this thread's launches, so that nothing may wait for them."""
+    return torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,176 @@
+"""Where a rank's arena lies, CPU or GPU, and what follows for its fabric, proxy and halves."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from vllm_efa_ep import _core
+from vllm_efa_ep.config import Settings
+from vllm_efa_ep.errors import ConfigurationError, DeviceUnavailableError
+
+
+class Arena(Protocol):
+    """Memory of a rank that its node maps: ``_core.Arena`` or ``cuda.arena.DeviceArena``."""
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+
+    @property
+    def descriptor(self) -> int:
+        """What local peers map; -1 for a peer's."""
+
+    @property
+    def huge_pages(self) -> bool:
+        """Whether it lies in 2 MiB pages of the operating system."""
+
+
+class Halves(Protocol):
+    """The halves of a rank; addresses are of tensors on its device, row by row (``csrc/bindings``)."""
+
+    def dispatch_send(
+        self,
+        channel: int,
+        x: int,
+        x_stride: int,
+        scales: int,
+        ids: int,
+        ids_are_64_bit: bool,
+        weights: int,
+        tokens: int,
+    ) -> None:
+        """Start a round."""
+
+    def dispatch_recv(
+        self, channel: int, room: int, x: int, scales: int, ids: int, weights: int, tokens_per_expert: int
+    ) -> int:
+        """Receive, and return the number of rows; more than ``room`` are left for ``dispatch_pack``."""
+
+    def dispatch_pack(
+        self, channel: int, x: int, scales: int, ids: int, weights: int, tokens_per_expert: int
+    ) -> None:
+        """Write the rows for which there was no room."""
+
+    def combine_send(self, channel: int, rows: int, per_slot: bool, weights_applied: bool) -> None:
+        """Send results back."""
+
+    def combine_recv(self, channel: int, out: int) -> None:
+        """Write the own tokens' results."""
+
+    def counters(self) -> dict[str, Any]:
+        """Return totals since the start."""
+
+    def half_seconds(self) -> dict[str, float]:
+        """Return the time inside each half."""
+
+    def wait_seconds(self) -> dict[str, float]:
+        """Return how much of it was waiting for other ranks."""
+
+
+class RankMemory(Protocol):
+    """One rank's memory, and what knows of which kind it is."""
+
+    device: torch.device
+
+    def create(self, size: int) -> Any:
+        """Allocate the arena."""
+
+    def map(self, descriptor: int, size: int) -> Any:
+        """Map a local peer's arena."""
+
+    def tensor(self, arena: Any, offset: int, size: int) -> torch.Tensor:
+        """Return bytes of an arena as uint8 ``[size]``; they keep it mapped."""
+
+    def fabric_arguments(self) -> dict[str, Any]:
+        """Return what ``_core.LibfabricFabric`` is to know of this memory."""
+
+    def register(self, fabric: Any, arena: Any) -> None:
+        """Register the arena with every NIC."""
+
+    def proxy_arguments(self, arena: Any, layout: _core.Layout) -> dict[str, Any]:
+        """Return what ``_core.Proxy`` is to know of this memory."""
+
+    def make_halves(self, arguments: dict[str, Any], check_wait: Callable[[str, int, str], None]) -> Halves:
+        """Return the halves on connected memory; ``arguments`` are those of ``_core.CpuDevice``."""
+
+    def first_room(self, capacity: int) -> int:
+        """Return for how many rows the output has room at the start; it grows where it can."""
+
+    def close(self) -> None:
+        """Free what is not the arena, after proxy and halves are gone."""
+
+
+class HostMemory:
+    """Memory of the CPU."""
+
+    device = torch.device("cpu")
+
+    def create(self, size: int) -> _core.Arena:
+        """Allocate the arena."""
+        return _core.Arena.create(size)
+
+    def map(self, descriptor: int, size: int) -> _core.Arena:
+        """Map a local peer's arena."""
+        return _core.Arena.map(descriptor, size)
+
+    def tensor(self, arena: _core.Arena, offset: int, size: int) -> torch.Tensor:
+        """Return bytes of an arena."""
+        return from_dlpack(arena.view(offset, size))
+
+    def fabric_arguments(self) -> dict[str, Any]:
+        """NICs are the rank's share of the host's."""
+        return {}
+
+    def register(self, fabric: _core.Fabric, arena: _core.Arena) -> None:
+        """Register the arena with every NIC."""
+        fabric.register_memory(arena)
+
+    def proxy_arguments(self, arena: _core.Arena, layout: _core.Layout) -> dict[str, Any]:  # noqa: ARG002
+        """Signals lie in the arena, and ranks submit commands by calls."""
+        return {"arena": arena}
+
+    def make_halves(self, arguments: dict[str, Any], check_wait: Callable[[str, int, str], None]) -> Halves:
+        """Return the halves on the CPU."""
+        return _core.CpuDevice(**arguments, check_wait=check_wait)
+
+    def first_room(self, capacity: int) -> int:  # noqa: ARG002
+        """Rows are counted before they are packed, so room can wait."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing but the arena was allocated."""
+
+
+def resolve_device(device: str) -> str:
+    """Return "cpu" or "cuda" for a configuration's ``device``, which may be "auto".
+
+    Raises:
+        DeviceUnavailableError: CUDA is asked for, or torch has GPUs, and this build has no kernels.
+
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not _core.cuda_architectures:
+        raise DeviceUnavailableError(
+            "this build of vllm_efa_ep has no CUDA kernels; install a wheel with them, build it where nvcc "
+            'is on PATH, or set AllToAllConfig.device="cpu"'
+        )
+    if device not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device is {device!r}; use auto, cpu or cuda")
+    return device
+
+
+def memory_for(device: str, settings: Settings) -> RankMemory:
+    """Return the memory of this rank: ``device`` is "cpu", or "cuda" for torch's current GPU.
+
+    Raises:
+        DeviceUnavailableError: No usable GPU.
+
+    """
+    if device == "cpu":
+        return HostMemory()
+    from vllm_efa_ep.cuda.rank_memory import GpuMemory
+
+    return GpuMemory(settings)
