@@ -48,7 +48,6 @@ def apply() -> None:
         _wrap_communicator(communicator)
         fault_tolerance.watch_for_workers()
         ray_patches.copy_settings()
-        ray_patches.end_failed_engines()
     if chosen or failure:
         _wrap_engine_args(chosen, failure)
 
@@ -142,7 +141,7 @@ def _stand_in_for_known_backends() -> None:
         if fault_tolerance.is_wanted(self.parallel_config):
             fault_tolerance.allow_our_backends()  # processes that are forked have it from here
         if is_selected(self.parallel_config):
-            ray_patches.place_on_cpu_hosts(self)
+            ray_patches.prepare(self)
 
     VllmConfig.__post_init__ = post_init
 

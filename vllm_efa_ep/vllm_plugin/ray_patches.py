@@ -1,11 +1,9 @@
 """What vLLM lacks for us on Ray: our settings in the workers, workers on CPU hosts, an end when one fails."""
 
 import functools
-import sys
 from typing import Any
 
-from vllm_efa_ep.vllm_plugin import logger, seams
-from vllm_efa_ep.vllm_plugin.backend_names import is_selected
+from vllm_efa_ep.vllm_plugin import seams
 
 SETTING_PREFIXES = ("EFA_EP_", "FI_")
 """Ours and libfabric's."""
@@ -22,6 +20,14 @@ def copy_settings() -> None:
     from vllm.ray.ray_env import DEFAULT_ENV_VAR_PREFIXES
 
     DEFAULT_ENV_VAR_PREFIXES.update(SETTING_PREFIXES)
+
+
+def prepare(config: Any) -> None:
+    """Patch what a ``VllmConfig`` with one of our backends needs on Ray."""
+    if config.parallel_config.data_parallel_backend == "ray":
+        seams.require(seams.RAY_ENGINE_SEAMS)
+        notice_failed_engines()
+    place_on_cpu_hosts(config)
 
 
 def place_on_cpu_hosts(config: Any) -> None:
@@ -48,27 +54,25 @@ def declare_cpu_resource() -> None:
     type(current_platform).ray_device_key = CPU_RESOURCE
 
 
-def end_failed_engines() -> None:
-    """Let the actor of an engine end when the engine fails: the API server sees the ends of actors only.
+def notice_failed_engines() -> None:
+    """Let the API server end when an engine fails, as it does without Ray; safe to repeat.
 
-    An engine that raises would leave it, and everybody who asks it, waiting for ever.
+    vLLM expects the end of an engine's actor there. An engine that raises, as ours do when a rank is lost,
+    ends the thread that watches instead, and everybody who asks the server waits for ever.
     """
-    # Elsewhere nobody has imported it, and importing it takes seconds.
-    core: Any = sys.modules.get("vllm.v1.engine.core")
-    if core is None or seams.problems(seams.RAY_ENGINE_SEAMS):
+    import ray
+    from vllm.v1.engine.utils import CoreEngineActorManager
+
+    original = CoreEngineActorManager.monitor_engine_liveness
+    if hasattr(original, "__wrapped__"):
         return
-    original = core.DPEngineCoreProc.run_busy_loop
 
     @functools.wraps(original)
-    def run_busy_loop(self: Any) -> None:
+    def monitor_engine_liveness(self: Any) -> None:
         try:
             original(self)
-        except Exception:
-            if isinstance(self, core.EngineCoreActorMixin) and is_selected(self.vllm_config.parallel_config):
-                import ray
+        except ray.exceptions.RayTaskError as error:
+            self.failed_proc_name = f"engine ({error.cause})"
+            self.shutdown()
 
-                logger.exception("EngineCore encountered a fatal error; its actor ends")
-                ray.actor.exit_actor()  # type: ignore[no-untyped-call]
-            raise
-
-    core.DPEngineCoreProc.run_busy_loop = run_busy_loop
+    CoreEngineActorManager.monitor_engine_liveness = monitor_engine_liveness

@@ -141,8 +141,11 @@ CPU_MOE_SEAMS = (
 )
 """Used by ``moe_patches`` on the CPU platform."""
 
-RAY_ENGINE_SEAMS = (Seam("vllm.v1.engine.core", "DPEngineCoreProc.run_busy_loop", ("self",)),)
-"""Used by ``ray_patches`` in the actors of data-parallel engines."""
+RAY_ENGINE_SEAMS = (
+    Seam("vllm.v1.engine.utils", "CoreEngineActorManager.monitor_engine_liveness", ("self",)),
+    Seam("vllm.v1.engine.utils", "CoreEngineActorManager.shutdown", ("self",)),
+)
+"""Used by ``ray_patches`` for data-parallel engines on Ray."""
 
 CPU_RAY_SEAMS = (
     Seam("vllm.platforms.interface", "Platform.ray_device_key"),
