@@ -46,7 +46,7 @@ def test_rounds_between_four_hosts(tmp_path: Path) -> None:
         assert each["network_rows"] > 0
 
 
-@pytest.mark.parametrize("lost", [0, 2])
+@pytest.mark.parametrize("lost", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_a_host_that_vanishes_is_noticed_though_nobody_speaks(lost: int, tmp_path: Path) -> None:
     """No packet says that it is gone; TCP's keep-alive does. Rank 0 is the one that all hosts connect to."""
     settings = {"EFA_EP_HOST_TIMEOUT_S": str(_HOST_TIMEOUT_S)}
