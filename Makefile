@@ -3,6 +3,8 @@
 #   make demo    serve a small MoE model on two "nodes" of this machine and compare with one process
 #   make serve   the same, but leave the server running
 #   make test    all tests; make test-long adds the full matrices
+#   make fuzz    libFuzzer on all that ranks read of each other, FUZZ_SECONDS=60 per target; keeps its corpus
+#   make soak    worlds of real processes that come and go for SOAK_SECONDS=600, and leak and lose nothing
 #   make gpu-test  the rounds of the tests on this machine's GPUs (docs/gpu_test.md)
 #   make bench   dispatch + combine against gloo, MPI and the floors; BENCH=--quick for a short run. Before that:
 #                counts on the wire against other protocols, the proxy's rate, signal policies against bare puts
@@ -16,13 +18,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 BUILD := build
-SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev iproute2
+SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev clang-19 libclang-rt-19-dev llvm-19 iproute2
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup demo serve test test-long gpu-test test-cpp test-sanitizers test-python test-hosts test-serving bench lint clean
+.PHONY: help setup demo serve test test-long gpu-test test-cpp test-sanitizers test-fuzz fuzz soak test-python \
+  test-hosts test-serving test-examples bench lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -68,7 +71,7 @@ serve: setup
 
 # --- test ---------------------------------------------------------------------------------------------------
 
-test: lint test-cpp test-sanitizers test-python test-hosts test-serving
+test: lint test-cpp test-sanitizers test-fuzz test-python test-examples test-hosts test-serving
 
 test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
@@ -102,6 +105,25 @@ test-sanitizers: setup
 
 comma := ,
 
+# libFuzzer comes with clang.
+FUZZ_CXX ?= clang++-19
+FUZZ_SECONDS ?= 60
+FUZZ_OPTIONS := -DCMAKE_CXX_COMPILER=$(FUZZ_CXX) -DEFA_EP_FUZZ=ON -DEFA_EP_SANITIZE=fuzzer-no-link$(comma)address$(comma)undefined
+
+test-fuzz: setup
+	$(call cpp_tests,fuzz,-DEFA_EP_TESTS=OFF $(FUZZ_OPTIONS))
+
+fuzz: test-fuzz
+	@for target in $(BUILD)/cpp-fuzz/fuzz/*_fuzz; do \
+	  corpus=$(BUILD)/corpus/$${target##*/}; mkdir -p $$corpus; \
+	  LSAN_OPTIONS=suppressions=tests/cpp/lsan.supp ASAN_OPTIONS=fast_unwind_on_malloc=0 \
+	    $$target $$corpus -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -artifact_prefix=$$corpus- || exit 1; \
+	done
+
+# Worlds of real processes that come and go for SOAK_SECONDS (default 600).
+soak: setup
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python/test_soak.py -m long -s
+
 test-python: test-cpp
 	@echo "== Python tests"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python tests/vllm_seams $(PYTEST_MARKERS)
@@ -118,6 +140,19 @@ test-serving: test-cpp
 	@echo "== vllm serve tests"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/serving $(PYTEST_MARKERS)
 
+# The tools that validate examples/ have an environment of their own, with nothing of vLLM's.
+EXAMPLE_TOOLS := $(BUILD)/example-tools
+$(EXAMPLE_TOOLS)/.installed: tests/examples/requirements.txt | $(BUILD)/.system
+	@echo "== tools for examples/ in $(EXAMPLE_TOOLS) (about 60 MB to download)"
+	@$(PYTHON) -m venv $(EXAMPLE_TOOLS)
+	@$(EXAMPLE_TOOLS)/bin/pip install -q --disable-pip-version-check -r $<
+	@$(EXAMPLE_TOOLS)/bin/pip install -q --disable-pip-version-check --no-deps aws-parallelcluster==3.16.1
+	@touch $@
+
+test-examples: setup $(EXAMPLE_TOOLS)/.installed
+	@echo "== examples"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/examples $(PYTEST_MARKERS)
+
 lint: setup
 	@echo "== lint"
 	@$(BIN)/ruff format --check .
@@ -131,11 +166,12 @@ lint: setup
 # --- measure ------------------------------------------------------------------------------------------------
 
 bench: setup
-	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-plain -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON > /dev/null
+	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-plain -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON $(TEST_MODULE) > /dev/null
 	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-plain
 	@$(BUILD)/cpp-plain/benchmarks/wire_counts
 	@$(BUILD)/cpp-plain/benchmarks/proxy_rate
 	@$(BUILD)/cpp-plain/benchmarks/put_signal
+	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.scale
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.round_trip $(BENCH)
 
 clean:

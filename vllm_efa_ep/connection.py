@@ -123,7 +123,7 @@ def _share_memory(
             return (memory.create(layout.total_bytes), exchange), exchange.invitation.encode()
 
         (own, exchange), told = agree(bootstrap, "allocating memory", allocate)
-        invitations = [told[rank].decode() for rank in world.node_ranks]
+        invitations = [told[rank].decode(errors="replace") for rank in world.node_ranks]
 
         def map_peers() -> tuple[dict[int, Arena], bytes]:
             descriptors = exchange.exchange(own.descriptor, invitations, timeout_s)

@@ -25,6 +25,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from threading import Thread
+from typing import Any
 from weakref import WeakSet
 
 from vllm_efa_ep.bootstrap import Bootstrap
@@ -32,6 +33,7 @@ from vllm_efa_ep.bootstrap.admission import callers
 from vllm_efa_ep.bootstrap.run import TOKEN_BYTES, is_member, new_token
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, RankLostError
+from vllm_efa_ep.messages import integer, read_json
 from vllm_efa_ep.world import World, agree
 
 CheckWait = Callable[[str, int, str], None]
@@ -197,6 +199,17 @@ class _Listener:
     port: int
     token: str
 
+    @classmethod
+    def of(cls, said: Any) -> "_Listener":
+        """Interpret what a rank says about its own."""
+        address, port, token = said
+        if not isinstance(address, str) or not isinstance(token, str):
+            raise TypeError("address and token are strings")
+        ip_address(address)
+        if len(bytes.fromhex(token)) != TOKEN_BYTES:
+            raise ValueError(f"a token has {TOKEN_BYTES} bytes")
+        return cls(address, integer(port, 1 << 16), token)
+
 
 def start_watch(
     world: World, bootstrap: Bootstrap, timeout_s: float, host_timeout_s: int = Settings.host_timeout_s
@@ -227,7 +240,9 @@ def start_watch(
             return server, json.dumps([address, server.getsockname()[1], new_token().hex()]).encode()
 
         server, told = agree(bootstrap, "listening for the other ranks", listen)
-        listeners = {rank: _Listener(*json.loads(each)) for rank, each in enumerate(told) if each}
+        listeners = {
+            rank: read_json(each, f"rank {rank}", _Listener.of) for rank, each in enumerate(told) if each
+        }
         root = _root(listeners)
         leader_of = {member: leaders[world.host_of[member]] for member in world.members}
         parent_of = {rank: root if rank == leader else leader for rank, leader in leader_of.items()}

@@ -71,8 +71,11 @@ class DescriptorExchange:
         self._listener.close()
 
     def _send(self, descriptor: int, invitation: str, timeout_s: float) -> None:
-        name, token = invitation.split()
-        hello = _HELLO.pack(bytes.fromhex(token), self._index)
+        try:
+            name, token = invitation.split()
+            hello = _HELLO.pack(bytes.fromhex(token), self._index)
+        except ValueError:
+            raise ConfigurationError(f"a local rank sent {invitation!r}, which is no invitation") from None
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout_s)
             connection.connect(f"\0{name}")

@@ -155,6 +155,15 @@ CPU_RAY_SEAMS = (
 """Used by ``cpu_ray_executor``."""
 
 
+def platform_seams() -> tuple[Seam, ...]:
+    """Return every seam that the plugin uses on vLLM's current platform."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return (*CONFIG_SEAMS, CPU_COMMUNICATOR_SEAM, *MOE_SEAMS, *CPU_MOE_SEAMS)
+    return (*CONFIG_SEAMS, CUDA_COMMUNICATOR_SEAM, *MOE_SEAMS)
+
+
 def problems(seams: Iterable[Seam]) -> list[str]:
     """Return one sentence for each seam that does not look as expected."""
     return [problem for seam in seams if (problem := seam.problem())]
