@@ -19,7 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 BUILD := build
-SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev clang-19 libclang-rt-19-dev llvm-19
+SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev clang-19 libclang-rt-19-dev llvm-19 iproute2
 # A browser opens the benchmark's report in the tests: 121 MB to fetch, 440 MB on disk.
 TEST_PACKAGES := chromium chromium-driver
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -31,7 +31,7 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
 .PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python
-.PHONY: test-examples test-serving gpu-test soak fuzz bench docs lint clean
+.PHONY: test-examples test-hosts test-serving gpu-test soak fuzz bench docs lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -84,7 +84,7 @@ serve: setup
 
 # --- test ---------------------------------------------------------------------------------------------------
 
-test: lint test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python test-examples test-serving
+test: lint test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python test-examples test-hosts test-serving
 
 test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
@@ -151,6 +151,11 @@ soak: setup
 test-python: test-cpp $(BUILD)/.test-system
 	@echo "== Python tests"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python tests/vllm_seams $(PYTEST_MARKERS)
+
+# Network namespaces as hosts: skipped where nobody is root
+test-hosts: setup
+	@echo "== tests on several hosts"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/hosts $(PYTEST_MARKERS)
 
 gpu-test: setup
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/gpu -rs
