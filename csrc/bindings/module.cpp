@@ -410,6 +410,7 @@ NB_MODULE(_core, m) {
   bind_protocol(m);
   bind_memory(m);
   bind_fabric(m);
+  bind_link(m);
   bind_signals(m);
   bind_proxy(m);
   bind_device(m);

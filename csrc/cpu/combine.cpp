@@ -64,7 +64,7 @@ void CpuDevice::reduce_row(uint32_t channel_index, const CombineInput& input, co
     terms[count++] = {input.rows + row * bytes, 1.0f};
   } else {
     const std::byte* dispatched = row_of(source, source_row);
-    const int32_t* ids = ids_of(dispatched);
+    const RowIds ids = ids_of(dispatched);
     const float* weights = weights_of(dispatched);
     for (uint32_t slot = 0; slot < top_k; ++slot) {
       if (!is_own(ids[slot])) continue;
@@ -124,6 +124,8 @@ const std::byte* CpuDevice::results_of(uint32_t channel_index, uint32_t source_n
 }
 
 // Each owner's results lie in the order of its rows; which rows those are, the dispatch slot still says.
+// Ranks of the node can write there, so a row that names other owners than when it arrived is an error: from
+// there on, results would be summed into other tokens.
 void CpuDevice::sum_node(uint32_t channel_index, uint32_t node) {
   const Channel& channel = channels_[channel_index];
   const size_t bytes = layout_.combine_row();
@@ -132,22 +134,31 @@ void CpuDevice::sum_node(uint32_t channel_index, uint32_t node) {
   const uint32_t first = layout_.staged_row(node_, node);
   std::byte* staging =
       own_arena() + layout_.outgoing(channel_index, Operation::kCombine) + size_t{first} * bytes;
-  std::vector<const std::byte*> next(topology_.ranks_per_node);
+  struct Results {
+    const std::byte* next;
+    size_t left;
+  };
+  std::vector<Results> offered(topology_.ranks_per_node);
   for (uint32_t owner = 0; owner < topology_.ranks_per_node; ++owner) {
     if (owner == index_) {
       const Source& source = channel.sources[topology_.rail_peer(options_.rank, node)];
-      next[owner] = results(channel_index) + source.first_row * bytes;
+      offered[owner] = {results(channel_index) + source.first_row * bytes, source.rows.size()};
     } else {
-      next[owner] = results_of(channel_index, node, owner,
-                               channel.listed[size_t{node} * topology_.ranks_per_node + owner]);
+      const uint32_t listed = channel.listed[size_t{node} * topology_.ranks_per_node + owner];
+      offered[owner] = {results_of(channel_index, node, owner, listed), listed};
     }
   }
+  const auto refuse_changed = [&] {
+    throw ProtocolError("rows of rank " + std::to_string(topology_.rail_peer(options_.rank, node)) +
+                        " changed after their arrival; their memory was overwritten by a foreign writer");
+  };
   const auto sum_row = [&](uint32_t row) {
     std::array<WeightedRow, kMaxTopK> terms;
     size_t count = 0;
     for (const uint32_t owner : owners_of(ids_of(slot + row * layout_.dispatch_row()))) {
-      terms[count++].row = next[owner];
-      next[owner] += bytes;
+      if (offered[owner].left-- == 0) refuse_changed();
+      terms[count++].row = offered[owner].next;
+      offered[owner].next += bytes;
     }
     sum_rows(staging + row * bytes, {terms.data(), count}, bytes / scalar_bytes(options_.combine_type),
              options_.combine_type);
@@ -156,6 +167,9 @@ void CpuDevice::sum_node(uint32_t channel_index, uint32_t node) {
     for (uint32_t row = chunk_row; row < chunk_row + count; ++row) sum_row(row);
     return first + chunk_row;
   });
+  for (const Results& results : offered) {
+    if (results.left > 0) refuse_changed();
+  }
 }
 
 bool CpuDevice::combine_ready(uint32_t channel_index) {

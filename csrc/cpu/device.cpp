@@ -12,8 +12,6 @@
 namespace efa_ep {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 // A wait yields first, since the next event is usually microseconds away and often on this very core; a long
 // one naps, so that an idle rank leaves the core to others.
 constexpr auto kYieldTime = std::chrono::milliseconds(2);
@@ -172,10 +170,10 @@ void CpuDevice::wait(Half half, Channel& channel, const std::function<bool()>& r
   ScopedTimer timer(counters_.wait_ns[half_index], channel.wait_ns[half_index], channel.trace,
                     span_of(TraceSpan::Kind::kWait, half, channel));
   const Proxy::Waiting waiting(proxy_);
-  const auto start = Clock::now();
+  const auto start = options_.clock->now();
   auto last_interrupt_check = start;
   const auto describe = [&] {
-    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    const double seconds = std::chrono::duration<double>(options_.clock->now() - start).count();
     return std::string(kHalfNames[static_cast<size_t>(half)]) + " of round " + std::to_string(round) +
            " on rank " + std::to_string(options_.rank) + " waited " + std::to_string(seconds) + " s for " +
            rank_names(missing());
@@ -194,8 +192,8 @@ void CpuDevice::wait(Half half, Channel& channel, const std::function<bool()>& r
     // Also while something moves: it may be another channel's, and this wait has a deadline of its own.
     if (turn % kTurnsPerClockCheck == 0) {
       if (proxy_ != nullptr) proxy_->throw_if_failed();
-      const auto now = Clock::now();
-      if (now - start > options_.timeout) {
+      const auto now = options_.clock->now();
+      if (now - start >= options_.timeout) {
         throw RankTimeoutError(describe(), kHalfNames[static_cast<size_t>(half)], round, missing());
       }
       if (options_.check_interrupt && now - last_interrupt_check > kInterruptCheckTime) {
@@ -213,13 +211,13 @@ void CpuDevice::wait(Half half, Channel& channel, const std::function<bool()>& r
   }
 }
 
-OwnerList CpuDevice::owners_of(const int32_t* ids) const {
+OwnerList CpuDevice::owners_of(const RowIds& ids) const {
   OwnerList owners;
-  for (uint32_t slot = 0; slot < layout_.row.top_k; ++slot) {
-    if (ids[slot] < 0) continue;
-    const uint32_t rank = placement_.owner(ids[slot]);
+  for (const int32_t id : ids) {
+    if (id < 0) continue;
+    const uint32_t rank = placement_.owner(id);
     if (rank == kNoOwner) {
-      throw ProtocolError("a received row names expert " + std::to_string(ids[slot]) +
+      throw ProtocolError("a received row names expert " + std::to_string(id) +
                           ", which no live rank has; its sender's mask differs from this rank's");
     }
     if (topology_.node_of(rank) == node_) owners.insert(topology_.index_of(rank));

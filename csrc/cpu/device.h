@@ -14,9 +14,11 @@
 #include <string>
 #include <vector>
 
+#include "clock.h"
 #include "cpu/duration_histogram.h"
 #include "cpu/owner_list.h"
 #include "cpu/placement.h"
+#include "cpu/row_ids.h"
 #include "cpu/row_math.h"
 #include "cpu/timer.h"
 #include "protocol/layout.h"
@@ -32,7 +34,8 @@ struct CpuDeviceOptions {
   std::vector<uint32_t> expert_owner;  ///< owner rank of every expert, or kNoOwner
   ScalarType combine_type = ScalarType::kBfloat16;
   bool per_expert = false;  ///< output layout: [experts, capacity, ...] instead of [rows, ...]
-  std::chrono::nanoseconds timeout = std::chrono::seconds(120);
+  std::chrono::nanoseconds timeout = std::chrono::seconds(120);  ///< of every wait
+  const DeadlineClock* clock = &kSteadyClock;                    ///< of that time; outlives the device
   InterruptCheck check_interrupt = nullptr;
   size_t trace_spans = 0;  ///< newest spans of a trace to keep per channel; 0: none
 };
@@ -232,11 +235,9 @@ class CpuDevice {
   void record_round(Channel& channel);
   void wait(Half half, Channel& channel, const std::function<bool()>& ready,
             const std::function<std::vector<uint32_t>()>& missing);
-  OwnerList owners_of(const int32_t* ids) const;
+  OwnerList owners_of(const RowIds& ids) const;
   bool is_own(int32_t id) const { return id >= 0 && placement_.owner(id) == options_.rank; }
-  const int32_t* ids_of(const std::byte* row) const {
-    return reinterpret_cast<const int32_t*>(row + RowShape::ids_offset());
-  }
+  RowIds ids_of(const std::byte* row) const { return RowIds(row, layout_.row.top_k); }
   const float* weights_of(const std::byte* row) const {
     return reinterpret_cast<const float*>(row + layout_.row.weights_offset());
   }

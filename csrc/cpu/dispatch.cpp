@@ -310,11 +310,11 @@ void CpuDevice::pack_per_token(uint32_t channel_index, const DispatchOutput& out
     for (uint32_t i = 0; i < source.rows.size(); ++i, ++place) {
       const std::byte* row = row_of(source, i);
       copy_activation(row, output, place);
-      std::memcpy(output.ids + place * top_k, ids_of(row), size_t{4} * top_k);
+      const RowIds ids = ids_of(row);
+      std::copy(ids.begin(), ids.end(), output.ids + place * top_k);
       std::memcpy(output.weights + place * top_k, weights_of(row), size_t{4} * top_k);
-      const int32_t* ids = ids_of(row);
-      for (uint32_t slot = 0; slot < top_k; ++slot) {
-        if (is_own(ids[slot])) ++output.tokens_per_expert[placement_.local(ids[slot])];
+      for (const int32_t id : ids) {
+        if (is_own(id)) ++output.tokens_per_expert[placement_.local(id)];
       }
     }
   }
@@ -328,7 +328,7 @@ void CpuDevice::pack_per_expert(uint32_t channel_index, const DispatchOutput& ou
   for (const Source& source : channel.sources) {
     for (uint32_t i = 0; i < source.rows.size(); ++i) {
       const std::byte* row = row_of(source, i);
-      const int32_t* ids = ids_of(row);
+      const RowIds ids = ids_of(row);
       const size_t first = channel.positions.size();
       for (uint32_t slot = 0; slot < top_k; ++slot) {
         uint32_t position = 0;
