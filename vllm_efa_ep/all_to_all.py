@@ -59,6 +59,11 @@ class AllToAll:
     With two channels, either give each a thread of its own, or call the halves of both in the same order on
     all ranks: a receive half does its share of other ranks' traffic, so ranks that wait on different channels
     wait for each other (docs/protocol_model.md).
+
+    On CUDA the halves are kernels in the caller's current stream: "reused at once" and "waits" are meant in
+    the stream's order. The host waits for the GPU in ``dispatch_recv`` of the per_token layout only, which
+    has to know M; while a CUDA graph is captured it returns all ``world_size * max_tokens_per_rank`` rows
+    there can be, and ids of -1 in those that did not come. A kernel's error is raised by a later call.
     """
 
     def __init__(

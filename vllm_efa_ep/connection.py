@@ -79,12 +79,14 @@ class Connection:
 
     def drain(self, timeout_s: float, check: CheckWait) -> None:
         """Wait until all own writes are complete, or ``check`` raises."""
+        self.memory.wait()
         if self.proxy is not None:
             self.proxy.drain(timeout_s, check)
 
     def close(self) -> None:
-        """Stop watching, then the proxy, then the fabric, then unmap."""
+        """Stop watching, then the device, the proxy, and the fabric, then unmap."""
         self.watch.close()
+        self.memory.stop()
         self.proxy = None
         self._fabric = None
         self.arenas = []
@@ -112,7 +114,7 @@ def connect(
         fabric, proxy = _join_fabric(
             world, arenas[world.index], layout, bootstrap, settings, timeout_s, memory
         )
-    watch = start_watch(world, bootstrap, timeout_s)
+    watch = start_watch(world, bootstrap, timeout_s, settings.host_timeout_s)
     delays_ns = least_delays_ns(bootstrap) if settings.trace else []
     return Connection(memory, arenas, world.index, fabric, proxy, watch, delays_ns)
 
@@ -124,13 +126,13 @@ def _share_memory(
 
         def allocate() -> tuple[tuple[Arena, DescriptorExchange], bytes]:
             exchange = cleanup.enter_context(closing(DescriptorExchange(world.index, world.ranks_per_node)))
-            return (memory.create(layout.total_bytes), exchange), exchange.name.encode()
+            return (memory.create(layout.total_bytes), exchange), exchange.invitation.encode()
 
         (own, exchange), told = agree(bootstrap, "allocating memory", allocate)
-        names = [told[rank].decode(errors="replace") for rank in world.node_ranks]
+        invitations = [told[rank].decode(errors="replace") for rank in world.node_ranks]
 
         def map_peers() -> tuple[dict[int, Arena], bytes]:
-            descriptors = exchange.exchange(own.descriptor, names, timeout_s)
+            descriptors = exchange.exchange(own.descriptor, invitations, timeout_s)
             for descriptor in descriptors.values():
                 cleanup.callback(os.close, descriptor)
             peers = {index: memory.map(each, own.bytes) for index, each in descriptors.items()}

@@ -28,7 +28,7 @@ from vllm_efa_ep.errors import (
     TransportError,
 )
 from vllm_efa_ep.membership import Membership
-from vllm_efa_ep.rank_memory import Halves, memory_for, resolve_device
+from vllm_efa_ep.rank_memory import Halves, RankMemory, memory_for, resolve_device
 from vllm_efa_ep.stand_in import StandIn, servers
 from vllm_efa_ep.stats import Totals
 from vllm_efa_ep.trace.files import write_trace
@@ -170,7 +170,7 @@ def first_generation(
     config: AllToAllConfig, bootstrap: Bootstrap, settings: Settings, must_agree: Mapping[str, Any]
 ) -> Generation:
     """Collective: start a world in which every rank is alive."""
-    position = _take_position(config, bootstrap, settings, must_agree, None)
+    position = _take_position(config, bootstrap, settings, must_agree, None, _memory(config, settings))
     membership = Membership.first(bootstrap.world_size, position[0].ranks_per_node)
     return Generation(config, bootstrap, settings, membership, position, [])
 
@@ -197,17 +197,18 @@ def build_generation(
     timeout_s = settings.timeout_s
     keys = [GenerationBootstrap(bootstrap, membership.generation, rank, timeout_s) for rank in own]
 
-    def take(each: GenerationBootstrap) -> tuple[World, Connection]:
+    def take(each: GenerationBootstrap, memory: RankMemory) -> tuple[World, Connection]:
         try:
-            return _take_position(config, each, settings, must_agree, server_of)
+            return _take_position(config, each, settings, must_agree, server_of, memory)
         except Exception as error:
             with suppress(EfaEpError):
                 each.give_up(f"{type(error).__name__}: {error}")
             raise
 
     with ThreadPoolExecutor(len(own), "efa_ep_position") as threads:
-        futures = [threads.submit(take, each) for each in keys]
-    errors = [error for future in futures if (error := future.exception()) is not None]
+        # Their memory is chosen here: torch's current GPU is this thread's.
+        futures = [threads.submit(take, each, _memory(config, settings)) for each in keys]
+    errors = list(filter(None, (future.exception() for future in futures)))
     if errors:
         for future in futures:
             if future.exception() is None:
@@ -232,11 +233,11 @@ def _take_position(
     settings: Settings,
     must_agree: Mapping[str, Any],
     server_of: tuple[int, ...] | None,
+    memory: RankMemory,
 ) -> tuple[World, Connection]:
     world = join_world(bootstrap, must_agree, settings.ranks_per_node, server_of)
     config.check(world.size, world.ranks_per_node)
     layout = config.core_layout(world.size, world.ranks_per_node)
-    memory = memory_for(resolve_device(config.device), settings)
     return world, connect(world, layout, bootstrap, settings, _wait_seconds(settings), memory)
 
 
@@ -257,6 +258,10 @@ def _device_arguments(
         "arenas": connection.arenas,
         "proxy": connection.proxy,
     }
+
+
+def _memory(config: AllToAllConfig, settings: Settings) -> RankMemory:
+    return memory_for(resolve_device(config.device), settings)
 
 
 def _wait_seconds(settings: Settings) -> float:

@@ -113,6 +113,12 @@ class RankMemory(Protocol):
     def first_room(self, capacity: int) -> int:
         """Return for how many rows the output has room at the start; it grows where it can."""
 
+    def wait(self) -> None:
+        """Wait for the halves that were called; each has its own deadline."""
+
+    def stop(self) -> None:
+        """End waits of halves that still run, and wait for the halves: their memory goes."""
+
     def close(self) -> None:
         """Free what is not the arena, after proxy and halves are gone."""
 
@@ -158,6 +164,12 @@ class HostMemory:
         """Rows are counted before they are packed, so room can wait."""
         return 0
 
+    def wait(self) -> None:
+        """Halves are over when they return."""
+
+    def stop(self) -> None:
+        """Halves are over when they return."""
+
     def close(self) -> None:
         """Nothing but the arena was allocated."""
 
@@ -182,12 +194,7 @@ def resolve_device(device: str) -> str:
 
 
 def memory_for(device: str, settings: Settings) -> RankMemory:
-    """Return the memory of this rank: ``device`` is "cpu", or "cuda" for torch's current GPU.
-
-    Raises:
-        DeviceUnavailableError: No usable GPU.
-
-    """
+    """Return the memory of this rank: ``device`` is "cpu", or "cuda" for this thread's current GPU."""
     if device == "cpu":
         return HostMemory(settings.traced_spans)
     from vllm_efa_ep.cuda.rank_memory import GpuMemory

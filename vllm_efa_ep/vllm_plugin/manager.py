@@ -6,7 +6,7 @@ import torch
 from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
 
 from vllm_efa_ep.all_to_all import AllToAll, AllToAllConfig
-from vllm_efa_ep.bootstrap.torch import TorchBootstrap
+from vllm_efa_ep.bootstrap.choice import choose_bootstrap
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.metrics.snapshot import SnapshotWriter
 from vllm_efa_ep.vllm_plugin import logger
@@ -39,7 +39,9 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
         config = AllToAllConfig(**kwargs)
         if config not in self._all_to_alls:
             with one_line_per_error():
-                self._all_to_alls[config] = AllToAll(config, TorchBootstrap(self.cpu_group), self._settings)
+                bootstrap = choose_bootstrap(self.cpu_group, self._settings)
+                logger.info("EFA EP: the ranks meet over %s", type(bootstrap).__name__)
+                self._all_to_alls[config] = AllToAll(config, bootstrap, self._settings)
             self._log_start(self._all_to_alls[config])
         return self._all_to_alls[config]
 
