@@ -2,12 +2,14 @@
 
 #include <sys/prctl.h>
 
+#include <exception>
 #include <utility>
 
 namespace efa_ep {
 namespace {
 
-struct Stopped {};
+/// Ends the wait of a thread that is to end.
+struct Stopped : std::exception {};
 
 CpuDeviceOptions stoppable(CpuDeviceOptions options, const std::atomic<bool>& stop) {
   options.check_interrupt = [&stop](const Wait&) {
