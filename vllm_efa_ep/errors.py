@@ -15,6 +15,10 @@ class ConfigurationError(EfaEpError, ValueError):
     """
 
 
+class MembershipError(EfaEpError, PermissionError):
+    """A process that cannot show the run's token wanted to take part in it."""
+
+
 class FabricUnavailableError(EfaEpError, RuntimeError):
     """No usable libfabric, provider or network interface on this machine."""
 
@@ -45,7 +49,7 @@ class RankTimeoutError(EfaEpError, TimeoutError):
     """Other ranks did not answer before the deadline (``EFA_EP_TIMEOUT_S``).
 
     Attributes:
-        half: ``dispatch_send``, ``dispatch_recv``, ``combine_send`` or ``combine_recv``.
+        half: ``dispatch_send``, ``dispatch_recv``, ``combine_send``, ``combine_recv``, or ``pull_experts``.
         round: The round that could not finish.
         missing: Ranks that this rank was waiting for.
 
@@ -93,6 +97,22 @@ class RankExcludedError(EfaEpError, ConnectionError):
 
 class ProtocolError(EfaEpError, RuntimeError):
     """A peer sent something the protocol does not allow: a foreign or stale writer, or a bug."""
+
+
+class ExpertTransferError(EfaEpError, RuntimeError):
+    """Weights of experts could not be fetched; what they were to be written over is undefined.
+
+    Attributes:
+        rank: The rank they were to come from, or -1 if there is none.
+        experts: The experts that are missing.
+
+    """
+
+    def __init__(self, message: str, rank: int = -1, experts: tuple[int, ...] = ()) -> None:
+        """Keep what is missing beside the message."""
+        super().__init__(message)
+        self.rank = rank
+        self.experts = experts
 
 
 class VllmSeamError(EfaEpError, RuntimeError):

@@ -4,7 +4,6 @@
 #include <set>
 
 #include "cpu/device.h"
-#include "cpu/timer.h"
 #include "errors.h"
 
 namespace efa_ep {
@@ -14,7 +13,7 @@ void CpuDevice::combine_send(uint32_t channel_index, const CombineInput& input) 
   if (options_.per_expert && input.per_slot) {
     throw ConfigurationError("rows per slot belong to the per_token layout; pass rows per expert");
   }
-  const ScopedTimer timer(counters_.half_ns[static_cast<size_t>(Half::kCombineSend)]);
+  const ScopedTimer timer = time_half(Half::kCombineSend, channels_[channel_index]);
   Channel& channel = channels_[channel_index];
   channel.stage = Stage::kCombineSent;
   channel.summed.assign(topology_.nodes(), false);
@@ -90,6 +89,7 @@ bool CpuDevice::sum_rail(uint32_t channel_index) {
     bool complete = true;
     for (uint32_t owner = 0; owner < topology_.ranks_per_node && complete; ++owner) {
       complete = owner == index_ || results_offered(channel_index, node, owner);
+      if (!complete) channel.missing = topology_.rank_at(node_, owner);
     }
     if (complete) {
       sum_node(channel_index, node);
@@ -176,11 +176,16 @@ bool CpuDevice::combine_ready(uint32_t channel_index) {
   require(channel_index, Stage::kCombineSent, "combine_recv");
   // The next round's rows take the place of those that this round's writes came from.
   if (!sum_rail(channel_index) || !sent(channel_index, Operation::kDispatch)) return false;
+  Channel& channel = channels_[channel_index];
   for (uint32_t owner = 0; owner < topology_.ranks_per_node; ++owner) {
-    if (!results_offered(channel_index, node_, owner)) return false;
+    if (results_offered(channel_index, node_, owner)) continue;
+    channel.missing = topology_.rank_at(node_, owner);
+    return false;
   }
   for (uint32_t node = 0; node < topology_.nodes(); ++node) {
-    if (node != node_ && !sums_arrived(channel_index, node)) return false;
+    if (node == node_ || sums_arrived(channel_index, node)) continue;
+    channel.missing = topology_.rail_peer(options_.rank, node);
+    return false;
   }
   return true;
 }
@@ -201,10 +206,11 @@ bool CpuDevice::sums_arrived(uint32_t channel_index, uint32_t node) const {
 
 void CpuDevice::combine_recv(uint32_t channel_index, std::byte* out) {
   require(channel_index, Stage::kCombineSent, "combine_recv");
-  const ScopedTimer timer(counters_.half_ns[static_cast<size_t>(Half::kCombineRecv)]);
+  ScopedTimer timer = time_half(Half::kCombineRecv, channels_[channel_index]);
   Channel& channel = channels_[channel_index];
+  channel.missing = kNobody;
   wait(
-      Half::kCombineRecv, channel.round, [&] { return combine_ready(channel_index); },
+      Half::kCombineRecv, channel, [&] { return combine_ready(channel_index); },
       [&] {
         std::set<uint32_t> missing;
         for (uint32_t node = 0; node < topology_.nodes(); ++node) {
@@ -223,6 +229,8 @@ void CpuDevice::combine_recv(uint32_t channel_index, std::byte* out) {
       });
   gather(channel_index, out);
   channel.stage = Stage::kIdle;
+  timer.stop();
+  record_round(channel);
 }
 
 // Sums each token's rows: nodes in ascending order, and within the own node its owners in ascending order.

@@ -2,8 +2,7 @@
 // that whatever runs on it runs on every better network:
 //
 //  - writes complete and arrive in any order, also between the same two endpoints; the bytes of one write
-//  become
-//    visible in any order; only the write's immediate, reported by poll(), says that its bytes are there;
+//    become visible in any order; only the write's immediate, reported by poll(), says that they are there;
 //  - one local and one remote range per write, a 32-bit immediate, no atomics; a fence only where the
 //    description says so;
 //  - the queue is bounded: post_write() answers kAgain, and only poll() makes room;

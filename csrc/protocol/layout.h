@@ -10,8 +10,8 @@
 //   completions       u64[2 operations]       completed writes so far
 // Then per channel, with B = N (L - 1) + 1 blocks (one per rank of every other rail, and one for the rank
 // itself):
-//   dispatch_flags    u64[B]                  RoundWord per block: rows are listed for this rank (local
-//   peers) result_flags      ResultFlag[B]           per block: results for this rail are there (local peers)
+//   dispatch_flags    u64[B]                  RoundWord per block: a local peer has listed rows for us
+//   result_flags      ResultFlag[B]           per block: a local peer has results for our rail
 //   row_lists         u32[N][L][max_tokens]   per source of this rail (this rank itself in the own node's
 //                                             place) and local owner: which of the source's rows are for it
 //   dispatch_staging  row[N][max_tokens]      rows to send, per destination node; the last block takes rows

@@ -77,6 +77,16 @@ def test_options_that_do_not_fit_are_refused(
     assert says in capsys.readouterr().err
 
 
+def test_without_ray_the_other_way_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray is an extra; this machine alone must not pass for a cluster."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "vllm_efa_ep.doctor.cluster.on_ray", raising=False)
+    assert main(["doctor", "--ray"]) == 2
+    assert "--nodes" in capsys.readouterr().err
+
+
 def rendered(report: Report) -> str:
     """Return a report as a wide terminal shows it, on one line."""
     screen = io.StringIO()

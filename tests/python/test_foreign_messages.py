@@ -102,7 +102,7 @@ def test_joining(sign: bytes, said: bytes, more: bytes) -> None:
 
 
 _LISTENERS = st.tuples(
-    st.just("127.0.0.1") | _ANYTHING, st.integers(0, 70_000) | _ANYTHING, st.just("00" * 16) | _ANYTHING
+    st.just("127.0.0.1") | _ANYTHING, st.integers(0, 70_000) | _ANYTHING, st.just("00" * 32) | _ANYTHING
 )
 
 
@@ -122,12 +122,12 @@ def test_listening(said: bytes, own_host: bool) -> None:
 
 
 @_EXAMPLES
-@given(hellos=st.lists(st.binary(max_size=24), max_size=3))
+@given(hellos=st.lists(st.binary(max_size=40), max_size=3))
 def test_hellos(hellos: list[bytes]) -> None:
     """Only the one with the token is a child, whatever came before it."""
     with watch._listen_at("127.0.0.1") as server:
         address = server.getsockname()
-        listener = watch._Listener(address[0], address[1], "5a" * 16)
+        listener = watch._Listener(address[0], address[1], "5a" * 32)
         genuine = watch._HELLO.pack(bytes.fromhex(listener.token), 1)
         for hello in (*hellos, genuine):
             with socket.create_connection(address) as caller:
@@ -148,20 +148,21 @@ def test_reports(said: bytes) -> None:
 
 
 @_EXAMPLES
-@given(
-    message=st.binary(max_size=8) | st.integers(0, 5).map(struct.Struct("=I").pack), count=st.integers(0, 2)
-)
-def test_descriptors(message: bytes, count: int) -> None:
-    """What is received is the peer's one descriptor, or nothing stays open."""
+@given(message=st.binary(max_size=40), index=st.none() | st.integers(0, 5), count=st.integers(0, 2))
+def test_descriptors(message: bytes, index: int | None, count: int) -> None:
+    """What is received is the peer's one descriptor, or nothing stays open. An index comes with the token."""
     with closing(DescriptorExchange(0, 2)) as exchange, closing(DescriptorExchange(1, 2)) as peer:
         read, write = os.pipe()
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-                stranger.connect(f"\0{exchange.name}")
+                name, token = exchange.invitation.split()
+                if index is not None:
+                    message = bytes.fromhex(token) + struct.pack("=I", index)
+                stranger.connect(f"\0{name}")
                 socket.send_fds(stranger, [message or b"\0"], [read] * count)
             before = _open_descriptors()
             try:
-                received = exchange.exchange(write, [exchange.name, peer.name], 0.05)
+                received = exchange.exchange(write, [exchange.invitation, peer.invitation], 0.05)
             except ConfigurationError:
                 received = {}
             for descriptor in received.values():

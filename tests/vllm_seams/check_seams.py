@@ -211,6 +211,7 @@ def check_fault_tolerance() -> None:
 def check_classes() -> None:
     """Our subclasses of vLLM's classes are complete and take the arguments that vLLM passes."""
     from vllm_efa_ep.vllm_plugin.cpu_batched_experts import CpuBatchedExperts
+    from vllm_efa_ep.vllm_plugin.eplb import EfaEpEplbCommunicator
     from vllm_efa_ep.vllm_plugin.high_throughput import HighThroughputPrepareFinalize
     from vllm_efa_ep.vllm_plugin.low_latency import LowLatencyPrepareFinalize
     from vllm_efa_ep.vllm_plugin.manager import EfaEpAll2AllManager
@@ -220,6 +221,7 @@ def check_classes() -> None:
         LowLatencyPrepareFinalize,
         EfaEpAll2AllManager,
         CpuBatchedExperts,
+        EfaEpEplbCommunicator,
     ):
         missing = getattr(implementation, "__abstractmethods__", ())
         assert not missing, f"{implementation.__name__} lacks {sorted(missing)}"
@@ -231,7 +233,8 @@ def main() -> None:
     """Run all checks."""
     choose_platform()
     communicators = (seams.CPU_COMMUNICATOR_SEAM, seams.CUDA_COMMUNICATOR_SEAM)
-    seams.require([*seams.CONFIG_SEAMS, *communicators, *seams.MOE_SEAMS, *seams.CPU_MOE_SEAMS])
+    cpu_seams = (*seams.CPU_MOE_SEAMS, *seams.CPU_RAY_SEAMS, *seams.RAY_ENGINE_SEAMS)
+    seams.require([*seams.CONFIG_SEAMS, *communicators, *seams.MOE_SEAMS, *cpu_seams])
     seams.require(seams.FAULT_TOLERANCE_SEAMS)
 
     register()

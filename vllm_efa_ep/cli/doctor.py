@@ -68,6 +68,16 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _examine(options: argparse.Namespace, begin: Callable[[str], None]) -> "Report":
+    if options.ray:
+        try:
+            from vllm_efa_ep.doctor.cluster.on_ray import examine_ray
+        except ImportError as error:
+            raise ConfigurationError(
+                f"--ray needs Ray ({error}); `pip install 'vllm-efa-ep[ray]'`, or give --nodes, --node and "
+                "--meet"
+            ) from error
+        begin("all nodes of the Ray cluster")
+        return examine_ray(options.timeout, options.require_efa)
     from vllm_efa_ep.doctor.examination import examine_cluster, examine_node
     from vllm_efa_ep.doctor.system import this_system
 

@@ -7,14 +7,10 @@ _HEAD = """# Doctor
 
 Generated from `vllm_efa_ep/doctor` by `vllm-efa-ep doctor --markdown`; do not edit.
 
-One command before the first run:
+One command before the first run: `vllm-efa-ep doctor`. On all nodes of a Ray cluster, once:
+`vllm-efa-ep doctor --ray`. Without Ray, on every node `I` of `N`:
+`vllm-efa-ep doctor --nodes N --node I --meet NODE0:29600`. These two also write between every pair of nodes.
 
-```sh
-vllm-efa-ep doctor
-```
-
-On all nodes of a Ray cluster: `vllm-efa-ep doctor --ray`. Without Ray, on every node `I` of `N`:
-`vllm-efa-ep doctor --nodes N --node I --meet NODE0:29600`. Both also write between every pair of nodes.
 `--require-efa` makes going without EFA a failure, and `--json` prints the same for machines. The exit status
 is 0 if nothing failed, 1 if something did, and 2 if the command line cannot be understood.
 

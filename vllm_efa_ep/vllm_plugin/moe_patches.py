@@ -30,10 +30,17 @@ def apply() -> None:
     seams.require([*seams.MOE_SEAMS, *(seams.CPU_MOE_SEAMS if on_cpu else ())])
     _announce_formats()
     _provide_prepare_finalize()
+    _move_experts()
     if on_cpu:
         _hide_experts_from_dynamo()
         _offer_cpu_batched_experts()
     _applied = True
+
+
+def _move_experts() -> None:
+    from vllm_efa_ep.vllm_plugin import eplb
+
+    eplb.apply()
 
 
 def make_manager(parallel_config: Any, cpu_group: Any, tcp_store_group: Any) -> Any:

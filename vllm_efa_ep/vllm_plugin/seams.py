@@ -60,6 +60,7 @@ CONFIG_SEAMS = (
     Seam("vllm.engine.arg_utils", "_compute_kwargs.cache_clear"),
     Seam("vllm.engine.arg_utils", "EngineArgs.__init__", ("all2all_backend",)),
     Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",)),
+    Seam("vllm.ray.ray_env", "DEFAULT_ENV_VAR_PREFIXES"),
 )
 """Used by ``config_patches``, in every vLLM process."""
 
@@ -93,7 +94,16 @@ _FINALIZE = (
     "weight_and_reduce_impl",
 )
 
+_EPLB = "vllm.distributed.eplb"
+
 MOE_SEAMS = (
+    Seam(
+        f"{_EPLB}.eplb_state",
+        "create_eplb_communicator",
+        ("group_coordinator", "backend", "expert_weights", "expert_buffer"),
+    ),
+    Seam(f"{_EPLB}.eplb_communicator", "EplbCommunicator.add_recv", ("tensors", "src_rank", "expert_id")),
+    Seam(f"{_EPLB}.eplb_communicator", "EplbCommunicator.set_transfer_context", ("old_indices", "layer_idx")),
     Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.get_handle", ("kwargs",)),
     Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.destroy"),
     Seam(f"{_MOE}.all2all_utils", "get_ep_all2all_manager"),
@@ -139,6 +149,19 @@ CPU_MOE_SEAMS = (
     Seam(f"{_MOE}.activation", "MoEActivation.SILU"),
 )
 """Used by ``moe_patches`` on the CPU platform."""
+
+RAY_ENGINE_SEAMS = (
+    Seam("vllm.v1.engine.utils", "CoreEngineActorManager.monitor_engine_liveness", ("self",)),
+    Seam("vllm.v1.engine.utils", "CoreEngineActorManager.shutdown", ("self",)),
+)
+"""Used by ``ray_patches`` for data-parallel engines on Ray."""
+
+CPU_RAY_SEAMS = (
+    Seam("vllm.platforms.interface", "Platform.ray_device_key"),
+    Seam("vllm.v1.executor.ray_executor_v2", "RayExecutorV2._init_executor", ("self",)),
+    Seam("vllm.v1.executor.ray_executor_v2", "RayWorkerProc"),
+)
+"""Used by ``cpu_ray_executor``."""
 
 
 def platform_seams() -> tuple[Seam, ...]:
