@@ -183,7 +183,8 @@ void CpuDevice::wait(Half half, Channel& channel, const std::function<bool()>& r
     if (ready()) {
       timer.span().peer = channel.missing;
       if (channel.missing != kNobody) {
-        const auto waited = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start);
+        const auto waited =
+            std::chrono::duration_cast<std::chrono::nanoseconds>(options_.clock->now() - start);
         counters_.waited_for_ns[channel.missing] += static_cast<uint64_t>(waited.count());
       }
       return;
