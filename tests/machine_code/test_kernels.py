@@ -5,11 +5,13 @@ costs registers or fences shows in review.
 """
 
 import collections
+import concurrent.futures
 import os
 import pathlib
 import re
 import shutil
 import subprocess
+import sysconfig
 
 import pytest
 
@@ -25,15 +27,12 @@ ROW_KERNELS = ("stage_tokens", "pack_rows", "reduce_rows", "sum_rail", "gather_t
 
 
 def _tool(name: str) -> str:
-    directories = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    for directory in directories:
+    wheels = f"{sysconfig.get_path('purelib')}/nvidia/cu13"
+    for directory in (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", wheels):
         found = shutil.which(name, path=f"{directory}/bin")
         if found:
             return found
-    found = shutil.which(name)
-    if not found:
-        pytest.skip(f"{name} not found: set CUDA_HOME, or pip install the test extra")
-    return found
+    pytest.skip(f"{name} not found: set CUDA_HOME, or pip install the test extra")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -45,19 +44,18 @@ def compiled(
     directory = tmp_path_factory.mktemp(request.param)
     flags = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "--expt-relaxed-constexpr", f"-arch={request.param}"]
     gate = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror"]
-    running = {}
-    for source in SOURCES:
+
+    def compile_one(source: pathlib.Path) -> pathlib.Path:
         cubin = directory / f"{source.stem}.cubin"
         command = [nvcc, *flags, *gate, "-cubin", str(source), "-o", str(cubin)]
-        running[cubin] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    logs = {}
-    for cubin, process in running.items():
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr
         log = cubin.with_suffix(".log")
-        log.write_text(errors)
-        logs[cubin.stem] = log
-    return logs
+        log.write_text(done.stderr)
+        return log
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {log.stem: log for log in pool.map(compile_one, SOURCES)}
 
 
 def test_registers_leave_room_for_four_blocks_per_sm(compiled: dict[str, pathlib.Path]) -> None:
