@@ -26,31 +26,21 @@ class Caller:
 
     Attributes:
         connection: The connection, non-blocking.
+        name: Who it is, for people.
         hello: What it said; shorter than agreed if it ended the connection before.
         descriptors: File descriptors it sent along (Unix sockets only).
 
     """
 
     connection: socket.socket
+    name: str
     hello: bytes = b""
     descriptors: list[int] = field(default_factory=list)
 
     @property
-    def name(self) -> str:
-        """Say who it is, for people."""
-        if self.connection.family == socket.AF_UNIX:
-            process, user, _ = self._credentials()
-            return f"process {process} of user {user}"
-        try:
-            host, port, *_ = self.connection.getpeername()
-        except OSError:  # it has gone
-            return "an unknown address"
-        return f"{host} port {port}"
-
-    @property
     def is_same_user(self) -> bool:
         """Whether the process at the other end of a Unix socket belongs to this process's user."""
-        return self._credentials()[1] == os.geteuid()
+        return _credentials(self.connection)[1] == os.geteuid()
 
     def turn_away(self, why: str) -> None:
         """Close the connection and log who was refused."""
@@ -62,11 +52,6 @@ class Caller:
         self.connection.close()
         while self.descriptors:
             os.close(self.descriptors.pop())
-
-    def _credentials(self) -> tuple[int, int, int]:
-        packed = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        process, user, group = _CREDENTIALS.unpack(packed)
-        return process, user, group
 
     def _listen(self, hello_bytes: int) -> bool:
         """Take in what it says; return whether it may say more."""
@@ -117,8 +102,19 @@ def callers(listener: socket.socket, hello_bytes: int, timeout_s: float) -> Gene
 
 def _accept(listener: socket.socket) -> Caller | None:
     try:
-        connection, _ = listener.accept()
+        connection, peer = listener.accept()
     except (BlockingIOError, ConnectionError):  # it has gone again
         return None
     connection.setblocking(False)
-    return Caller(connection)
+    # Now, since a caller that has gone has no address any more.
+    if connection.family == socket.AF_UNIX:
+        process, user = _credentials(connection)
+        return Caller(connection, f"process {process} of user {user}")
+    return Caller(connection, f"{peer[0]} port {peer[1]}")
+
+
+def _credentials(connection: socket.socket) -> tuple[int, int]:
+    """Return process and user at the other end of a Unix socket."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, _ = _CREDENTIALS.unpack(packed)
+    return process, user
