@@ -3,6 +3,8 @@
 #   make demo    serve a small MoE model on two "nodes" of this machine and compare with one process
 #   make serve   the same, but leave the server running
 #   make test    all tests; make test-long adds the full matrices
+#   make fuzz    libFuzzer on all that ranks read of each other, FUZZ_SECONDS=60 per target; keeps its corpus
+#   make soak    worlds of real processes that come and go for SOAK_SECONDS=600, and leak and lose nothing
 #   make gpu-test  the rounds of the tests on this machine's GPUs (docs/gpu_test.md)
 #   make bench   dispatch + combine against gloo, MPI and the floors; BENCH=--quick for a short run. Before that:
 #                counts on the wire against other protocols, the proxy's rate, signal policies against bare puts
@@ -17,13 +19,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 BUILD := build
-SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev
+SYSTEM_PACKAGES := g++ libfabric-dev libgtest-dev clang-19 libclang-rt-19-dev llvm-19 iproute2
+# A browser opens the benchmark's report in the tests: 121 MB to fetch, 440 MB on disk.
+TEST_PACKAGES := chromium chromium-driver
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
+# The CUDA toolkit: the machine's, or the wheels that the test extra installs
+CUDA_HOME ?= $(abspath $(shell ls -d /usr/local/cuda $(VENV)/lib/python3*/site-packages/nvidia/cu13 2>/dev/null | head -1))
+export CUDA_HOME
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup demo serve test test-long gpu-test test-cpp test-sanitizers test-python test-serving bench docs lint clean
+.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python
+.PHONY: test-examples test-hosts test-serving gpu-test soak fuzz bench docs lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -37,6 +45,13 @@ $(BUILD)/.system:
 	@if ! dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1; then \
 	  echo "== installing $(SYSTEM_PACKAGES)"; \
 	  $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q $(SYSTEM_PACKAGES); \
+	fi
+	@touch $@
+
+$(BUILD)/.test-system: | $(BUILD)/.system
+	@if ! dpkg -s $(TEST_PACKAGES) >/dev/null 2>&1; then \
+	  echo "== installing $(TEST_PACKAGES)"; \
+	  $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends $(TEST_PACKAGES); \
 	fi
 	@touch $@
 
@@ -69,7 +84,7 @@ serve: setup
 
 # --- test ---------------------------------------------------------------------------------------------------
 
-test: lint test-cpp test-sanitizers test-python test-serving
+test: lint test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python test-examples test-hosts test-serving
 
 test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
@@ -99,13 +114,48 @@ test-cpp: setup
 
 test-sanitizers: setup
 	$(call cpp_tests,thread,-DEFA_EP_SANITIZE=thread)
-	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined)
+	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined -DEFA_EP_SIMT=ON)
+
+# The CUDA kernels on CPU fibers under ThreadSanitizer, each CUDA thread a thread to it, with random preemption.
+# clang's run time: gcc's takes ten times the memory. test-cpp and test-sanitizers run them plain and with addresses
+# checked.
+test-simt: setup
+	$(call cpp_tests,simt,-DCMAKE_CXX_COMPILER=clang++-19 -DEFA_EP_TESTS=OFF -DEFA_EP_SIMT=ON -DEFA_EP_SANITIZE=thread,SIMT_CHAOS=6)
+
+# Registers, spills and instructions of the kernels, on every architecture, where there is nvcc
+test-cuda-build: setup
+	@echo "== machine code of the CUDA kernels"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest -rs tests/machine_code
 
 comma := ,
 
-test-python: test-cpp
+# libFuzzer comes with clang.
+FUZZ_CXX ?= clang++-19
+FUZZ_SECONDS ?= 60
+FUZZ_OPTIONS := -DCMAKE_CXX_COMPILER=$(FUZZ_CXX) -DEFA_EP_FUZZ=ON -DEFA_EP_SANITIZE=fuzzer-no-link$(comma)address$(comma)undefined
+
+test-fuzz: setup
+	$(call cpp_tests,fuzz,-DEFA_EP_TESTS=OFF $(FUZZ_OPTIONS))
+
+fuzz: test-fuzz
+	@for target in $(BUILD)/cpp-fuzz/fuzz/*_fuzz; do \
+	  corpus=$(BUILD)/corpus/$${target##*/}; mkdir -p $$corpus; \
+	  LSAN_OPTIONS=suppressions=tests/cpp/lsan.supp ASAN_OPTIONS=fast_unwind_on_malloc=0 \
+	    $$target $$corpus -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -artifact_prefix=$$corpus- || exit 1; \
+	done
+
+# Worlds of real processes that come and go for SOAK_SECONDS (default 600).
+soak: setup
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python/test_soak.py -m long -s
+
+test-python: test-cpp $(BUILD)/.test-system
 	@echo "== Python tests"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python tests/vllm_seams $(PYTEST_MARKERS)
+
+# Network namespaces as hosts: skipped where nobody is root
+test-hosts: setup
+	@echo "== tests on several hosts"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/hosts $(PYTEST_MARKERS)
 
 gpu-test: setup
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/gpu -rs
@@ -113,6 +163,19 @@ gpu-test: setup
 test-serving: test-cpp
 	@echo "== vllm serve tests"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/serving $(PYTEST_MARKERS)
+
+# The tools that validate examples/ have an environment of their own, with nothing of vLLM's.
+EXAMPLE_TOOLS := $(BUILD)/example-tools
+$(EXAMPLE_TOOLS)/.installed: tests/examples/requirements.txt | $(BUILD)/.system
+	@echo "== tools for examples/ in $(EXAMPLE_TOOLS) (about 60 MB to download)"
+	@$(PYTHON) -m venv $(EXAMPLE_TOOLS)
+	@$(EXAMPLE_TOOLS)/bin/pip install -q --disable-pip-version-check -r $<
+	@$(EXAMPLE_TOOLS)/bin/pip install -q --disable-pip-version-check --no-deps aws-parallelcluster==3.16.1
+	@touch $@
+
+test-examples: setup $(EXAMPLE_TOOLS)/.installed
+	@echo "== examples"
+	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/examples $(PYTEST_MARKERS)
 
 lint: setup
 	@echo "== lint"
@@ -133,11 +196,12 @@ docs: setup
 # --- measure ------------------------------------------------------------------------------------------------
 
 bench: setup
-	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-plain -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON > /dev/null
+	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-plain -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON $(TEST_MODULE) > /dev/null
 	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-plain
 	@$(BUILD)/cpp-plain/benchmarks/wire_counts
 	@$(BUILD)/cpp-plain/benchmarks/proxy_rate
 	@$(BUILD)/cpp-plain/benchmarks/put_signal
+	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.scale
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.experts_transfer
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.round_trip $(BENCH)
 

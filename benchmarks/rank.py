@@ -5,10 +5,8 @@ Rank 0 prints one JSON object per measured cell on standard output.
 
 import argparse
 import dataclasses
-import gc
 import importlib.metadata
 import json
-import time
 from pathlib import Path
 from typing import cast
 
@@ -17,15 +15,17 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from benchmarks.barrier import SharedBarrier
 from benchmarks.contestants.bare_writes import BareWrites
-from benchmarks.contestants.contestant import Contestant, Scratch, Workplace
-from benchmarks.contestants.gloo_allgather import GlooAllGather
-from benchmarks.contestants.gloo_alltoall import GlooAllToAll
 from benchmarks.contestants.memcpy_floor import MemcpyFloor
-from benchmarks.contestants.mpi_alltoallv import MpiAllToAllv
-from benchmarks.contestants.ours import Ours, OursElsewhere
-from benchmarks.problem import Cell, Problem
+from vllm_efa_ep.bench.barrier import SharedBarrier
+from vllm_efa_ep.bench.contestants.contestant import Contestant, Workplace
+from vllm_efa_ep.bench.contestants.gloo_allgather import GlooAllGather
+from vllm_efa_ep.bench.contestants.gloo_alltoall import GlooAllToAll
+from vllm_efa_ep.bench.contestants.mpi_alltoallv import MpiAllToAllv
+from vllm_efa_ep.bench.contestants.ours import Ours, OursElsewhere
+from vllm_efa_ep.bench.measure import Effort, Timings, compete, memory_shortage
+from vllm_efa_ep.bench.problem import Cell, Problem
+from vllm_efa_ep.bootstrap.torch import TorchBootstrap
 from vllm_efa_ep.config import Settings
 
 SCENES: dict[str, tuple[type[Contestant], ...]] = {
@@ -36,9 +36,6 @@ TIMEOUT_S = 120.0
 WARM_UP_ROUNDS = 2  # after the round that is checked
 FEWEST_ITERATIONS = 3
 MOST_ITERATIONS = 200
-# Peak memory of a rank in units of (world x tokens) payload rows: scratch buffers, expert outputs, and this
-# package's results, staging and slots, twice (`ours` and `ours_elsewhere`).
-ROWS_IN_MEMORY = 14
 
 
 def main() -> None:
@@ -59,18 +56,13 @@ def main() -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{options.shared}.store", rank=mpi.rank, world_size=mpi.size
     )
-    workplace = Workplace(
-        rank=mpi.rank,
-        world=mpi.size,
-        group=cast(dist.ProcessGroup, dist.group.WORLD),
-        mpi=mpi,
-        settings=settings_of(options.scene, mpi.size),
-        bare_writes_library=options.bare_writes_library,
-        scratch=Scratch(),
-    )
+    settings = settings_of(options.scene, mpi.size)
+    group = cast(dist.ProcessGroup, dist.group.WORLD)
+    workplace = Workplace(TorchBootstrap(group), settings, group, mpi, options.bare_writes_library)
     for hidden, dtype, tokens in options.cells:
-        cell = Cell(options.scene, mpi.size, hidden, dtype, tokens)
-        result = {"cell": cell.to_json()} | measure_cell(cell, workplace, barrier, options)
+        cell = Cell(mpi.size, settings.ranks_per_node, hidden, dtype, tokens)
+        measured = measure_cell(options.scene, cell, workplace, barrier, options)
+        result = {"cell": {"scene": options.scene} | cell.to_json()} | measured
         if mpi.rank == 0:
             print(json.dumps(result), flush=True)
     dist.destroy_process_group()
@@ -95,93 +87,38 @@ def libfabric_of_openmpi() -> str:
 
 
 def measure_cell(
-    cell: Cell, workplace: Workplace, barrier: SharedBarrier, options: argparse.Namespace
+    scene: str, cell: Cell, workplace: Workplace, barrier: SharedBarrier, options: argparse.Namespace
 ) -> dict[str, object]:
     """Return the statistics of a cell, or why it was left out."""
-    needed = ROWS_IN_MEMORY * cell.world * cell.world * cell.tokens * cell.row_bytes
-    available = available_memory()
-    if workplace.mpi.bcast(needed > available):
-        return {"left_out": f"needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"}
-    problem = Problem(cell, workplace.rank, options.seed)
-    classes = SCENES[cell.scene]
+    shortage = memory_shortage(cell, workplace.bootstrap, cell.world)
+    if shortage:
+        return {"left_out": shortage}
+    problem = Problem(cell, workplace.bootstrap.rank, options.seed)
+    classes = SCENES[scene]
+    effort = Effort(
+        WARM_UP_ROUNDS, FEWEST_ITERATIONS, MOST_ITERATIONS, options.seconds_per_cell / len(classes)
+    )
     statistics: dict[str, dict[str, float]] = {contestant.name: {} for contestant in classes}
     if options.alone:
         for contestant in classes:
-            alone = compete(
-                problem, (contestant,), workplace, barrier, options.seconds_per_cell / len(classes)
+            alone, _ = compete(problem, (contestant,), workplace, barrier.wait, effort)
+            statistics[contestant.name]["alone_median_us"] = float(
+                np.median(alone[contestant.name].rounds_us())
             )
-            statistics[contestant.name]["alone_median_us"] = alone[contestant.name]["median_us"]
-    together = compete(problem, classes, workplace, barrier, options.seconds_per_cell)
-    for name, values in together.items():
-        statistics[name] |= values
+    together, _ = compete(problem, classes, workplace, barrier.wait, effort)
+    for name, timings in together.items():
+        statistics[name] |= statistics_of(timings)
     return {"contestants": statistics}
 
 
-def available_memory() -> int:
-    """Return the bytes that new processes can use without swapping."""
-    entries = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(entries["MemAvailable"].split()[0]) * 1024
-
-
-def compete(
-    problem: Problem,
-    classes: tuple[type[Contestant], ...],
-    workplace: Workplace,
-    barrier: SharedBarrier,
-    seconds: float,
-) -> dict[str, dict[str, float]]:
-    """Check the contestants, run them in turns, and return each one's statistics."""
-    workplace.scratch = Scratch()
-    contestants = [kind(problem, workplace) for kind in classes]
-    for contestant in contestants:
-        workplace.scratch.poison()
-        problem.out.fill_(float("nan"))
-        run_round(contestant, barrier)
-        contestant.check()
-    wanted = [iterations_within(seconds / len(classes), contestant, barrier) for contestant in contestants]
-    counts = workplace.mpi.bcast(wanted)
-    nanoseconds: list[list[tuple[int, int]]] = [[] for _ in contestants]
-    order = np.random.default_rng(0)  # the same on all ranks
-    gc.disable()
-    for iteration in range(max(counts)):
-        for index in order.permutation(len(contestants)):
-            # A slow contestant runs less often, but spread over the whole time.
-            if (iteration + 1) * counts[index] // max(counts) > iteration * counts[index] // max(counts):
-                nanoseconds[index].append(run_round(contestants[index], barrier))
-    gc.enable()
-    for contestant in contestants:
-        contestant.close()
-    return {
-        contestant.name: statistics_of(np.array(workplace.mpi.allgather(own)))
-        for contestant, own in zip(contestants, nanoseconds, strict=True)
-    }
-
-
-def iterations_within(seconds: float, contestant: Contestant, barrier: SharedBarrier) -> int:
-    """Warm up, and return how many rounds fit into the time; rank 0's answer counts."""
-    round_s = min(sum(run_round(contestant, barrier)) / 1e9 for _ in range(WARM_UP_ROUNDS))
-    return min(MOST_ITERATIONS, max(FEWEST_ITERATIONS, int(seconds / round_s)))
-
-
-def run_round(contestant: Contestant, barrier: SharedBarrier) -> tuple[int, int]:
-    """Return the nanoseconds of this rank's dispatch and of its combine; all ranks start together."""
-    barrier.wait()
-    started = time.perf_counter_ns()
-    contestant.dispatch()
-    between = time.perf_counter_ns()
-    contestant.combine()
-    return between - started, time.perf_counter_ns() - between
-
-
-def statistics_of(nanoseconds: np.ndarray) -> dict[str, float]:
-    """Reduce ``[rank, iteration, half]``: the slowest rank of every iteration counts."""
-    rounds = nanoseconds.sum(axis=2).max(axis=0) / 1e3
-    dispatch, combine = np.median(nanoseconds.max(axis=0), axis=0) / 1e3
+def statistics_of(timings: Timings) -> dict[str, float]:
+    """Reduce the timings: the slowest rank of every iteration counts."""
+    rounds = timings.rounds_us()
     return {
         "median_us": float(np.median(rounds)),
         "p99_us": float(np.percentile(rounds, 99)),
-        "dispatch_median_us": float(dispatch),
-        "combine_median_us": float(combine),
+        "dispatch_median_us": float(np.median(timings.operation_us("dispatch").max(axis=0))),
+        "combine_median_us": float(np.median(timings.operation_us("combine").max(axis=0))),
         "iterations": len(rounds),
     }
 

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
-from benchmarks.barrier import SharedBarrier
 from benchmarks.goals import GOALS, CellResult
-from benchmarks.problem import DTYPES, NUM_EXPERTS, TOP_K
+from vllm_efa_ep.bench.barrier import SharedBarrier
+from vllm_efa_ep.bench.environment import cpu_model
 
+DTYPES = ["bf16", "fp32"]
 REPOSITORY = Path(__file__).resolve().parent.parent
 # One job uses one MPI transport, because Open MPI picks shared memory wherever it may.
 MPI_TRANSPORTS = {
@@ -67,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scenes", nargs="+", choices=MPI_TRANSPORTS, default=list(MPI_TRANSPORTS))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--hidden", type=int, nargs="+", default=[7168] if quick else [2048, 7168])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"] if quick else list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"] if quick else DTYPES)
     tokens = [1, 16, 128, 1024] if quick else [1, 16, 128, 1024, 4096]
     parser.add_argument("--tokens", type=int, nargs="+", default=tokens)
     parser.add_argument("--seconds-per-cell", type=float, default=3.0, help="time for a cell's iterations")
@@ -92,7 +93,7 @@ def machine_line(ranks: int) -> str:
     cores = len(os.sched_getaffinity(0))
     text = (
         f"{cpu_model()}, {cores} cores, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"top-{TOP_K} of {NUM_EXPERTS}, {datetime.now(timezone.utc):%Y-%m-%d}"
+        f"top-8 of 256, {datetime.now(timezone.utc):%Y-%m-%d}"
     )
     if ranks > cores:
         text += (
@@ -102,14 +103,6 @@ def machine_line(ranks: int) -> str:
     if load > 0.5:
         text += f"\nload average {load:.1f} at the start: other work on this machine spoils the numbers"
     return text
-
-
-def cpu_model() -> str:
-    """Return the processor's name as Linux knows it."""
-    for entry in Path("/proc/cpuinfo").read_text().splitlines():
-        if entry.startswith("model name"):
-            return entry.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 class Launch:

@@ -1,11 +1,39 @@
-// Prints what a rank and layer cost on the wire, next to the row-per-expert protocols by their formulas.
+// Prints what a rank and layer cost on the wire, next to the row-per-expert protocols by their formulas; and
+// next to what this project's proxies counted in runs.
 #include "testing/wire_counts.h"
 
 #include <cstdio>
 #include <string>
+#include <utility>
+
+#include "testing/wire_counts_run.h"
+
+using namespace efa_ep::wire_counts;
+
+namespace {
+
+// Worlds of up to 64 ranks: one of 128 would touch 6 GB.
+void print_runs() {
+  std::printf("\nThe same as counted by the proxies of emulated worlds in one round, mean of all ranks:\n");
+  std::printf("%5s %4s  %-16s %13s %10s %6s %8s %10s %11s\n", "ranks", "NICs", "chunks", "work requests",
+              "by formula", "fences", "MB sent", "by formula", "buffers MiB");
+  for (const uint32_t ranks : {16u, 32u, 64u}) {
+    for (const auto& [name, chunk_bytes] :
+         {std::pair{"a chunk per NIC", uint64_t{1} << 30}, std::pair{"256 KB", uint64_t{256} << 10},
+          std::pair{"128 KB", uint64_t{128} << 10}}) {
+      const Shape shape{.ranks = ranks};
+      const Counts formula = ours(shape, name, chunk_bytes);
+      const Counted run = count_in_a_run(shape, chunk_bytes, 1);
+      std::printf("%5u %4u  %-16s %13.2f %10lu %6lu %8.2f %10.2f %11lu\n", ranks, shape.nics, name,
+                  run.writes, formula.work_requests, run.fences, run.wire_bytes * 1e-6,
+                  formula.wire_bytes * 1e-6, run.arena_bytes >> 20);
+    }
+  }
+}
+
+}  // namespace
 
 int main() {
-  using namespace efa_ep::wire_counts;
   const Shape shape;
   std::printf(
       "Per rank and layer, counted and not measured: %u tokens, top %u of %u experts, hidden %u, %u ranks "
@@ -29,5 +57,6 @@ int main() {
       }
     }
   }
+  print_runs();
   return 0;
 }

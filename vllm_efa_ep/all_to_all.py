@@ -59,6 +59,11 @@ class AllToAll:
     With two channels, either give each a thread of its own, or call the halves of both in the same order on
     all ranks: a receive half does its share of other ranks' traffic, so ranks that wait on different channels
     wait for each other (docs/protocol_model.md).
+
+    On CUDA the halves are kernels in the caller's current stream: "reused at once" and "waits" are meant in
+    the stream's order. The host waits for the GPU in ``dispatch_recv`` of the per_token layout only, which
+    has to know M; while a CUDA graph is captured it returns all ``world_size * max_tokens_per_rank`` rows
+    there can be, and ids of -1 in those that did not come. A kernel's error is raised by a later call.
     """
 
     def __init__(
@@ -388,6 +393,9 @@ class AllToAll:
             stand_ins=len(generation.stand_ins),
             half_seconds=totals.half_seconds,
             wait_seconds=totals.wait_seconds,
+            half_buckets=totals.half_buckets,
+            wait_buckets=totals.wait_buckets,
+            waited_for_seconds=totals.waited_for_seconds,
             **totals.counters,  # type: ignore[arg-type]
         )
 
@@ -442,5 +450,6 @@ def _must_agree(config: AllToAllConfig, settings: Settings) -> dict[str, object]
         "device": resolve_device(config.device),
         "EFA_EP_CHUNK_BYTES": settings.chunk_bytes,
         "EFA_EP_RANKS_PER_NODE": settings.ranks_per_node,
+        "EFA_EP_TRACE is set": bool(settings.trace),
         "vllm_efa_ep version": __version__,
     }

@@ -85,6 +85,26 @@ SETTINGS: tuple[Setting, ...] = (
         minimum=0.1,
     ),
     Setting(
+        "EFA_EP_HOST_TIMEOUT_S",
+        "host_timeout_s",
+        "integer",
+        20,
+        "seconds",
+        "After how long without a sign of life (TCP keep-alive) a rank's host counts as gone: longer than "
+        "networks pause, shorter than `EFA_EP_TIMEOUT_S`.",
+        minimum=4,
+    ),
+    Setting(
+        "EFA_EP_BOOTSTRAP",
+        "bootstrap",
+        "string",
+        "auto",
+        "",
+        "How the ranks of vLLM find each other. `torch`: over vLLM's process group. `ray`: over an actor of "
+        "Ray's. `auto`: `ray` if all ranks are Ray workers, else `torch`.",
+        choices=("auto", "torch", "ray"),
+    ),
+    Setting(
         "EFA_EP_MASK_WINDOW_S",
         "mask_window_s",
         "number",
@@ -207,8 +227,27 @@ SETTINGS: tuple[Setting, ...] = (
         "string",
         "",
         "path",
-        "Directory into which the vLLM plugin writes the counters of each rank, `rank<r>.json`, while "
-        "rounds run. Unset: nowhere.",
+        "Directory into which the vLLM plugin writes the counters of each rank, `rank<r>.json`, four times a "
+        "second; /metrics shows them. Unset: a temporary one.",
+    ),
+    Setting(
+        "EFA_EP_TRACE",
+        "trace",
+        "string",
+        "",
+        "path",
+        "Directory into which each rank writes when its halves, waits, writes and arrivals were, at its end; "
+        "`vllm-efa-ep trace merge` makes one timeline of them. Unset: no trace.",
+    ),
+    Setting(
+        "EFA_EP_TRACE_SPANS",
+        "trace_spans",
+        "integer",
+        65536,
+        "spans",
+        "How many of the newest spans a trace keeps per rank, of its network and of each channel.",
+        minimum=1,
+        maximum=2**24,
     ),
 )
 
@@ -219,6 +258,8 @@ class Settings:
 
     backend: str = ""
     timeout_s: float = 120.0
+    host_timeout_s: int = 20
+    bootstrap: str = "auto"
     mask_window_s: float = 10.0
     ranks_per_node: int = 0
     provider: str = "auto"
@@ -232,6 +273,13 @@ class Settings:
     gpu_signals: str = "auto"
     num_sms: int = 16
     stats_dir: str = ""
+    trace: str = ""
+    trace_spans: int = 65536
+
+    @property
+    def traced_spans(self) -> int:
+        """Spans to keep, 0 without a trace."""
+        return self.trace_spans if self.trace else 0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Settings":

@@ -9,6 +9,7 @@ from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.descriptors import DescriptorExchange
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.rank_memory import Arena, RankMemory
+from vllm_efa_ep.trace.clock import least_delays_ns
 from vllm_efa_ep.watch import CheckWait, Watch, start_watch
 from vllm_efa_ep.world import World, agree
 
@@ -46,9 +47,11 @@ class Connection:
         fabric: _core.SignalPolicy | None,
         proxy: _core.Proxy | None,
         watch: Watch,
+        least_delays_ns: list[int],
     ) -> None:
         """Take over connected parts; ``arenas`` has one entry per rank of the node, ``index`` is the own."""
         self.watch = watch
+        self.least_delays_ns = least_delays_ns
         self.memory = memory
         self.arenas = arenas
         self._index = index
@@ -76,12 +79,14 @@ class Connection:
 
     def drain(self, timeout_s: float, check: CheckWait) -> None:
         """Wait until all own writes are complete, or ``check`` raises."""
+        self.memory.wait()
         if self.proxy is not None:
             self.proxy.drain(timeout_s, check)
 
     def close(self) -> None:
-        """Stop watching, then the proxy, then the fabric, then unmap."""
+        """Stop watching, then the device, the proxy, and the fabric, then unmap."""
         self.watch.close()
+        self.memory.stop()
         self.proxy = None
         self._fabric = None
         self.arenas = []
@@ -109,7 +114,9 @@ def connect(
         fabric, proxy = _join_fabric(
             world, arenas[world.index], layout, bootstrap, settings, timeout_s, memory
         )
-    return Connection(memory, arenas, world.index, fabric, proxy, start_watch(world, bootstrap, timeout_s))
+    watch = start_watch(world, bootstrap, timeout_s, settings.host_timeout_s)
+    delays_ns = least_delays_ns(bootstrap) if settings.trace else []
+    return Connection(memory, arenas, world.index, fabric, proxy, watch, delays_ns)
 
 
 def _share_memory(
@@ -119,13 +126,13 @@ def _share_memory(
 
         def allocate() -> tuple[tuple[Arena, DescriptorExchange], bytes]:
             exchange = cleanup.enter_context(closing(DescriptorExchange(world.index, world.ranks_per_node)))
-            return (memory.create(layout.total_bytes), exchange), exchange.name.encode()
+            return (memory.create(layout.total_bytes), exchange), exchange.invitation.encode()
 
         (own, exchange), told = agree(bootstrap, "allocating memory", allocate)
-        names = [told[rank].decode() for rank in world.node_ranks]
+        invitations = [told[rank].decode(errors="replace") for rank in world.node_ranks]
 
         def map_peers() -> tuple[dict[int, Arena], bytes]:
-            descriptors = exchange.exchange(own.descriptor, names, timeout_s)
+            descriptors = exchange.exchange(own.descriptor, invitations, timeout_s)
             for descriptor in descriptors.values():
                 cleanup.callback(os.close, descriptor)
             peers = {index: memory.map(each, own.bytes) for index, each in descriptors.items()}
@@ -173,6 +180,7 @@ def _join_fabric(
             "ring_commands": settings.ring_commands,
             "timeout_s": timeout_s,
             "own_core": len(os.sched_getaffinity(0)) >= 2 * world.ranks_on_host,
+            "trace_spans": settings.traced_spans,
         }
         proxy = _core.Proxy(**{**arguments, **memory.proxy_arguments(arena, layout)})
         return proxy, b""

@@ -9,9 +9,11 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_efa_ep.bootstrap import Bootstrap
-from vllm_efa_ep.errors import EfaEpError, RankTimeoutError, TransportError
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError, RankTimeoutError, TransportError
+from vllm_efa_ep.messages import integer, read_json
 
 _POLL_SECONDS = 0.02
 
@@ -28,6 +30,12 @@ class Report:
 
     what: str
     missing: tuple[int, ...]
+
+    @classmethod
+    def of(cls, said: Any, size: int) -> "Report":
+        """Interpret what a rank of ``size`` published."""
+        what, missing = said
+        return cls(str(what), tuple(integer(rank, size) for rank in missing))
 
 
 def report_of(error: EfaEpError) -> Report | None:
@@ -69,6 +77,8 @@ def explain(
     try:
         bootstrap.publish(_key(bootstrap.rank), json.dumps([report.what, report.missing]))
         reports = _collect(bootstrap, report, grace_s, lambda: bool(loss()) or called_off())
+    except ConfigurationError as not_understood:
+        return loss() or str(not_understood)
     except EfaEpError as bootstrap_error:
         unknown = f"Who else waits is unknown: {bootstrap_error}; its host (usually rank 0) is dead or stuck"
         return loss() or unknown
@@ -115,8 +125,7 @@ def _lookup(bootstrap: Bootstrap, rank: int) -> Report | None:
     published = bootstrap.lookup(_key(rank))
     if published is None:
         return None
-    what, missing = json.loads(published)
-    return Report(what, tuple(missing))
+    return read_json(published, f"rank {rank}", lambda said: Report.of(said, bootstrap.world_size))
 
 
 def _key(rank: int) -> str:

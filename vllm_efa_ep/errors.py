@@ -15,6 +15,10 @@ class ConfigurationError(EfaEpError, ValueError):
     """
 
 
+class MembershipError(EfaEpError, PermissionError):
+    """A process that cannot show the run's token wanted to take part in it."""
+
+
 class FabricUnavailableError(EfaEpError, RuntimeError):
     """No usable libfabric, provider or network interface on this machine."""
 

@@ -28,9 +28,10 @@ from vllm_efa_ep.errors import (
     TransportError,
 )
 from vllm_efa_ep.membership import Membership
-from vllm_efa_ep.rank_memory import Halves, memory_for, resolve_device
+from vllm_efa_ep.rank_memory import Halves, RankMemory, memory_for, resolve_device
 from vllm_efa_ep.stand_in import StandIn, servers
 from vllm_efa_ep.stats import Totals
+from vllm_efa_ep.trace.files import write_trace
 from vllm_efa_ep.watch import Watch
 from vllm_efa_ep.world import World, join_world
 
@@ -106,7 +107,14 @@ class Generation:
         """Return what this rank's own position has done."""
         device = self._open_device()
         counters = {**device.counters(), **self.connection.counters()}
-        return Totals(counters, device.half_seconds(), device.wait_seconds())
+        return Totals(
+            counters,
+            device.half_seconds(),
+            device.wait_seconds(),
+            device.half_buckets(),
+            device.wait_buckets(),
+            device.waited_for_seconds(),
+        )
 
     def finish(self) -> None:
         """Collective: finish own writes and wait for the others.
@@ -125,11 +133,18 @@ class Generation:
 
     def close(self) -> None:
         """Free everything, without waiting for anybody; safe to repeat."""
+        self._write_trace()
         self._device = None
         self.activations, self.results = [], []
         while self.stand_ins:
             self.stand_ins.pop().close()
         self.connection.close()
+
+    def _write_trace(self) -> None:
+        directory, proxy = self._settings.trace, self.connection.proxy
+        if directory and self._device is not None:
+            delays_ns, generation = self.connection.least_delays_ns, self.membership.generation
+            write_trace(directory, self.world, generation, delays_ns, self._device, proxy)
 
     def _open_device(self) -> Halves:
         if self._device is None:
@@ -155,7 +170,7 @@ def first_generation(
     config: AllToAllConfig, bootstrap: Bootstrap, settings: Settings, must_agree: Mapping[str, Any]
 ) -> Generation:
     """Collective: start a world in which every rank is alive."""
-    position = _take_position(config, bootstrap, settings, must_agree, None)
+    position = _take_position(config, bootstrap, settings, must_agree, None, _memory(config, settings))
     membership = Membership.first(bootstrap.world_size, position[0].ranks_per_node)
     return Generation(config, bootstrap, settings, membership, position, [])
 
@@ -182,24 +197,34 @@ def build_generation(
     timeout_s = settings.timeout_s
     keys = [GenerationBootstrap(bootstrap, membership.generation, rank, timeout_s) for rank in own]
 
-    def take(each: GenerationBootstrap) -> tuple[World, Connection]:
+    def take(each: GenerationBootstrap, memory: RankMemory) -> tuple[World, Connection]:
         try:
-            return _take_position(config, each, settings, must_agree, server_of)
+            return _take_position(config, each, settings, must_agree, server_of, memory)
         except Exception as error:
             with suppress(EfaEpError):
                 each.give_up(f"{type(error).__name__}: {error}")
             raise
 
     with ThreadPoolExecutor(len(own), "efa_ep_position") as threads:
-        futures = [threads.submit(take, each) for each in keys]
-    errors = [error for future in futures if (error := future.exception()) is not None]
+        # Their memory is chosen here: torch's current GPU is this thread's.
+        futures = [threads.submit(take, each, _memory(config, settings)) for each in keys]
+    errors = list(filter(None, (future.exception() for future in futures)))
     if errors:
         for future in futures:
             if future.exception() is None:
                 future.result()[1].close()
+        for error in errors:
+            _forget_frames(error)
         raise errors[0]
     positions = [future.result() for future in futures]
     return Generation(config, keys[0], settings, membership, positions[0], positions[1:])
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error refer to: memory that must be free before the next try."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _take_position(
@@ -208,11 +233,11 @@ def _take_position(
     settings: Settings,
     must_agree: Mapping[str, Any],
     server_of: tuple[int, ...] | None,
+    memory: RankMemory,
 ) -> tuple[World, Connection]:
     world = join_world(bootstrap, must_agree, settings.ranks_per_node, server_of)
     config.check(world.size, world.ranks_per_node)
     layout = config.core_layout(world.size, world.ranks_per_node)
-    memory = memory_for(resolve_device(config.device), settings)
     return world, connect(world, layout, bootstrap, settings, _wait_seconds(settings), memory)
 
 
@@ -233,6 +258,10 @@ def _device_arguments(
         "arenas": connection.arenas,
         "proxy": connection.proxy,
     }
+
+
+def _memory(config: AllToAllConfig, settings: Settings) -> RankMemory:
+    return memory_for(resolve_device(config.device), settings)
 
 
 def _wait_seconds(settings: Settings) -> float:

@@ -14,11 +14,14 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.errors import RankExcludedError, RankTimeoutError
+from vllm_efa_ep.messages import integer, read_json
 
 _POLL_SECONDS = 0.005
+_MOST = 2**31  # generations and incarnations
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,15 @@ class Membership:
     @classmethod
     def decode(cls, text: str) -> "Membership":
         """Read what ``encode`` wrote."""
-        found = json.loads(text)
-        return cls(
-            found["generation"],
-            found["ranks_per_node"],
-            tuple(found["members"]),
-            tuple(found["incarnations"]),
-        )
+        return read_json(text, "the store", cls._of)
+
+    @classmethod
+    def _of(cls, said: Any) -> "Membership":
+        incarnations = tuple(integer(each, _MOST) for each in said["incarnations"])
+        size = len(incarnations)
+        members = tuple(integer(rank, size) for rank in said["members"])
+        generation = integer(said["generation"], _MOST)
+        return cls(generation, integer(said["ranks_per_node"], size + 1), members, incarnations)
 
     def encode(self) -> str:
         """Return it as JSON."""
@@ -130,7 +135,9 @@ class Agreement:
                 if incarnation is not None and int(incarnation) > current.incarnations[rank]:
                     found[rank] = int(incarnation)
             text = self._bootstrap.publish_once(key, json.dumps(found))
-        return {int(rank): incarnation for rank, incarnation in json.loads(text).items()}
+        return read_json(
+            text, "the store", lambda said: {int(rank): integer(said[rank], _MOST) for rank in said}
+        )
 
     def come_back(self, timeout_s: float) -> Membership:
         """Announce a new incarnation of this rank, and wait until a generation has it.

@@ -13,9 +13,6 @@ from pathlib import Path
 from vllm_efa_ep.errors import ConfigurationError
 
 _AMAZON, _NVIDIA = 0x1D0F, 0x10DE
-# PCI device ids of EFA, one per generation (linux/drivers/infiniband/hw/efa/efa_main.c). The class of an EFA
-# is "Ethernet controller" like that of the instance's ENA, so only the id tells them apart.
-_EFA_DEVICES = range(0xEFA0, 0xEFB0)
 _DISPLAY_CONTROLLER = 0x03  # GPUs; NVSwitches are bridges
 
 
@@ -152,11 +149,11 @@ def _read_devices(sysfs: Path) -> tuple[list[_Device], list[_Device]]:
     """Return the host's GPUs and EFA NICs, each in PCI order."""
     gpus, nics = [], []
     for link in sorted((sysfs / "bus/pci/devices").glob("*")):
-        vendor, product = _hexadecimal(link / "vendor"), _hexadecimal(link / "device")
+        vendor = _hexadecimal(link / "vendor")
         if vendor == _NVIDIA and _hexadecimal(link / "class") >> 16 == _DISPLAY_CONTROLLER:
             gpus.append(_read_device(link))
-        elif vendor == _AMAZON and product in _EFA_DEVICES:
-            # Without a driver it has no RDMA device, and is of no use.
+        elif vendor == _AMAZON:
+            # An EFA is an Amazon device with an RDMA device; an ENA has none, nor has an EFA without driver.
             nics += [_read_device(link, rdma.name) for rdma in sorted((link / "infiniband").glob("*"))]
     return gpus, nics
 

@@ -68,6 +68,21 @@ class Halves(Protocol):
     def wait_seconds(self) -> dict[str, float]:
         """Return how much of it was waiting for other ranks."""
 
+    def half_buckets(self) -> dict[str, list[int]]:
+        """Return a histogram of the time in each half; ``duration_bounds()`` are its bounds."""
+
+    def wait_buckets(self) -> dict[str, list[int]]:
+        """Return a histogram of the waiting in each half."""
+
+    def waited_for_seconds(self) -> list[float]:
+        """Return, by rank, the time of waits for which it was the last one missing."""
+
+    def trace(self) -> list[dict[str, Any]]:
+        """Return the spans of halves and waits; no half may be running."""
+
+    def dropped_spans(self) -> int:
+        """Return how many older spans were replaced."""
+
 
 class RankMemory(Protocol):
     """One rank's memory, and what knows of which kind it is."""
@@ -98,6 +113,12 @@ class RankMemory(Protocol):
     def first_room(self, capacity: int) -> int:
         """Return for how many rows the output has room at the start; it grows where it can."""
 
+    def wait(self) -> None:
+        """Wait for the halves that were called; each has its own deadline."""
+
+    def stop(self) -> None:
+        """End waits of halves that still run, and wait for the halves: their memory goes."""
+
     def close(self) -> None:
         """Free what is not the arena, after proxy and halves are gone."""
 
@@ -106,6 +127,10 @@ class HostMemory:
     """Memory of the CPU."""
 
     device = torch.device("cpu")
+
+    def __init__(self, traced_spans: int = 0) -> None:
+        """Keep as many of the newest spans of each channel for a trace."""
+        self._traced_spans = traced_spans
 
     def create(self, size: int) -> _core.Arena:
         """Allocate the arena."""
@@ -133,11 +158,17 @@ class HostMemory:
 
     def make_halves(self, arguments: dict[str, Any], check_wait: Callable[[str, int, str], None]) -> Halves:
         """Return the halves on the CPU."""
-        return _core.CpuDevice(**arguments, check_wait=check_wait)
+        return _core.CpuDevice(**arguments, check_wait=check_wait, trace_spans=self._traced_spans)
 
     def first_room(self, capacity: int) -> int:  # noqa: ARG002
         """Rows are counted before they are packed, so room can wait."""
         return 0
+
+    def wait(self) -> None:
+        """Halves are over when they return."""
+
+    def stop(self) -> None:
+        """Halves are over when they return."""
 
     def close(self) -> None:
         """Nothing but the arena was allocated."""
@@ -163,14 +194,9 @@ def resolve_device(device: str) -> str:
 
 
 def memory_for(device: str, settings: Settings) -> RankMemory:
-    """Return the memory of this rank: ``device`` is "cpu", or "cuda" for torch's current GPU.
-
-    Raises:
-        DeviceUnavailableError: No usable GPU.
-
-    """
+    """Return the memory of this rank: ``device`` is "cpu", or "cuda" for this thread's current GPU."""
     if device == "cpu":
-        return HostMemory()
+        return HostMemory(settings.traced_spans)
     from vllm_efa_ep.cuda.rank_memory import GpuMemory
 
     return GpuMemory(settings)

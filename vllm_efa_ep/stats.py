@@ -1,6 +1,7 @@
 """What an ``AllToAll`` has done so far."""
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TypeVar
 
 
@@ -11,6 +12,9 @@ class Totals:
     counters: dict[str, int | float] = field(default_factory=dict)
     half_seconds: dict[str, float] = field(default_factory=dict)
     wait_seconds: dict[str, float] = field(default_factory=dict)
+    half_buckets: dict[str, list[int]] = field(default_factory=dict)
+    wait_buckets: dict[str, list[int]] = field(default_factory=dict)
+    waited_for_seconds: list[float] = field(default_factory=list)
 
     def __add__(self, other: "Totals") -> "Totals":
         """Add up, name by name."""
@@ -18,14 +22,25 @@ class Totals:
             _sum(self.counters, other.counters),
             _sum(self.half_seconds, other.half_seconds),
             _sum(self.wait_seconds, other.wait_seconds),
+            _sum_columns(self.half_buckets, other.half_buckets),
+            _sum_columns(self.wait_buckets, other.wait_buckets),
+            _column_sum(self.waited_for_seconds, other.waited_for_seconds),
         )
 
 
-_Number = TypeVar("_Number", float, int | float)
+_Number = TypeVar("_Number", int, float, int | float)
 
 
 def _sum(first: dict[str, _Number], second: dict[str, _Number]) -> dict[str, _Number]:
     return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}
+
+
+def _sum_columns(first: dict[str, list[int]], second: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {name: _column_sum(first.get(name, []), second.get(name, [])) for name in {**first, **second}}
+
+
+def _column_sum(first: list[_Number], second: list[_Number]) -> list[_Number]:
+    return [one + other for one, other in zip_longest(first, second, fillvalue=0)]
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,10 @@ class Stats:
         stall_ns: Nanoseconds in which a fence kept the proxy from posting anything.
         half_seconds: Time inside each half.
         wait_seconds: Part of it spent waiting for other ranks.
+        half_buckets: Complete rounds by the time they spent in each half: samples up to each bound of
+            ``duration_bounds()``, and last those beyond.
+        wait_buckets: The same of the waiting alone.
+        waited_for_seconds: By rank, the time of waits for which it was the last one missing.
 
     """
 
@@ -96,3 +115,12 @@ class Stats:
     stall_ns: int
     half_seconds: dict[str, float]
     wait_seconds: dict[str, float]
+    half_buckets: dict[str, list[int]]
+    wait_buckets: dict[str, list[int]]
+    waited_for_seconds: list[float]
+
+    @property
+    def slowest_peer(self) -> int | None:
+        """The rank that this one has waited for longest, or None if it never waited."""
+        longest = max(self.waited_for_seconds, default=0)
+        return self.waited_for_seconds.index(longest) if longest > 0 else None

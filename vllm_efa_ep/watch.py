@@ -14,24 +14,26 @@ A frozen process keeps its connections; for it there is the deadline of the halv
 deadline passes may call the others off (``call_off``), whose waits then end, too.
 """
 
-import hmac
 import json
 import logging
 import os
-import secrets
 import selectors
 import socket
 import struct
-import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from threading import Thread
+from typing import Any
 from weakref import WeakSet
 
 from vllm_efa_ep.bootstrap import Bootstrap
+from vllm_efa_ep.bootstrap.admission import callers
+from vllm_efa_ep.bootstrap.run import TOKEN_BYTES, is_member, new_token
+from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, RankLostError
+from vllm_efa_ep.messages import integer, read_json
 from vllm_efa_ep.world import World, agree
 
 CheckWait = Callable[[str, int, str], None]
@@ -42,10 +44,10 @@ logger = logging.getLogger(__name__)
 # A rank that is gone, or the sender's own rank: it leaves, or that everybody is called off.
 _NEWS = struct.Struct("!I")
 _CALLED_OFF = 2**32 - 1
-_HELLO = struct.Struct("!16sI")
-_HELLO_SECONDS = 5.0
-# A host that does not answer is given up after 20 s: longer than networks pause, shorter than the deadline.
-_KEEP_ALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+_HELLO = struct.Struct(f"!{TOKEN_BYTES}sI")
+# Into this many parts TCP's keep-alive divides the time that a host may be silent: one before it asks for a
+# sign of life, then one per question.
+_KEEP_ALIVE_PARTS = 4
 
 
 class Watch:
@@ -197,9 +199,28 @@ class _Listener:
     port: int
     token: str
 
+    @classmethod
+    def of(cls, said: Any) -> "_Listener":
+        """Interpret what a rank says about its own."""
+        address, port, token = said
+        if not isinstance(address, str) or not isinstance(token, str):
+            raise TypeError("address and token are strings")
+        ip_address(address)
+        if len(bytes.fromhex(token)) != TOKEN_BYTES:
+            raise ValueError(f"a token has {TOKEN_BYTES} bytes")
+        return cls(address, integer(port, 1 << 16), token)
 
-def start_watch(world: World, bootstrap: Bootstrap, timeout_s: float) -> Watch:
+
+def start_watch(
+    world: World, bootstrap: Bootstrap, timeout_s: float, host_timeout_s: int = Settings.host_timeout_s
+) -> Watch:
     """Collective: connect this rank to its neighbours. Stand-ins have none: their processes are watched.
+
+    Args:
+        world: All ranks.
+        bootstrap: Connects the ranks until their watches do.
+        timeout_s: How long to wait for a neighbour, in seconds.
+        host_timeout_s: After how many seconds without a sign of life a neighbour's host counts as gone.
 
     Raises:
         ConfigurationError: A neighbour cannot be reached.
@@ -216,10 +237,12 @@ def start_watch(world: World, bootstrap: Bootstrap, timeout_s: float) -> Watch:
             if world.rank not in leaders.values():
                 return None, b""
             server = cleanup.enter_context(_listen_at(address))
-            return server, json.dumps([address, server.getsockname()[1], secrets.token_hex(16)]).encode()
+            return server, json.dumps([address, server.getsockname()[1], new_token().hex()]).encode()
 
         server, told = agree(bootstrap, "listening for the other ranks", listen)
-        listeners = {rank: _Listener(*json.loads(each)) for rank, each in enumerate(told) if each}
+        listeners = {
+            rank: read_json(each, f"rank {rank}", _Listener.of) for rank, each in enumerate(told) if each
+        }
         root = _root(listeners)
         leader_of = {member: leaders[world.host_of[member]] for member in world.members}
         parent_of = {rank: root if rank == leader else leader for rank, leader in leader_of.items()}
@@ -234,6 +257,8 @@ def start_watch(world: World, bootstrap: Bootstrap, timeout_s: float) -> Watch:
             if server is not None:
                 for rank, connection in _answer(server, listeners[world.rank], children, timeout_s).items():
                     neighbours[rank] = cleanup.enter_context(connection)
+            for connection in neighbours.values():
+                _expect_signs_of_life(connection, host_timeout_s)
             return neighbours, b""
 
         neighbours, _ = agree(bootstrap, "connecting the ranks that watch each other", meet)
@@ -265,33 +290,28 @@ def _call(listener: _Listener, parent: int, rank: int, timeout_s: float) -> sock
             f"rank {parent} cannot be reached at {listener.address}, port {listener.port}: {error}; ranks "
             "must accept TCP connections of each other's hosts on all ports"
         ) from error
-    return _watched(connection)
+    return connection
 
 
 def _answer(
     server: socket.socket, listener: _Listener, children: set[int], timeout_s: float
 ) -> dict[int, socket.socket]:
     """Accept every child; whoever else connects is turned away."""
-    deadline = time.monotonic() + timeout_s
     accepted: dict[int, socket.socket] = {}
-    with ExitStack() as on_error:
+    token = bytes.fromhex(listener.token)
+    with ExitStack() as on_error, closing(callers(server, _HELLO.size, timeout_s)) as knocking:
         while missing := children - accepted.keys():
-            server.settimeout(max(0.0, deadline - time.monotonic()))
             try:
-                connection, _ = server.accept()
+                caller = next(knocking)
             except OSError as error:
                 raise ConfigurationError(
                     f"ranks {sorted(missing)} did not connect within {timeout_s:g} s: {error}"
                 ) from error
-            connection.settimeout(_HELLO_SECONDS)
-            hello = b""
-            with suppress(OSError):
-                hello = _receive(connection, _HELLO.size)
-            token, rank = _HELLO.unpack(hello) if len(hello) == _HELLO.size else (b"", -1)
-            if hmac.compare_digest(token, bytes.fromhex(listener.token)) and rank in missing:
-                accepted[rank] = on_error.enter_context(_watched(connection))
+            offered, rank = _HELLO.unpack(caller.hello) if len(caller.hello) == _HELLO.size else (b"", -1)
+            if is_member(offered, token) and rank in missing:
+                accepted[rank] = on_error.enter_context(caller.connection)
             else:
-                connection.close()
+                caller.turn_away("it is not one of the ranks that this rank watches")
         on_error.pop_all()
     return accepted
 
@@ -304,10 +324,13 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     return received
 
 
-def _watched(connection: socket.socket) -> socket.socket:
+def _expect_signs_of_life(connection: socket.socket, host_timeout_s: int) -> None:
     connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    part = host_timeout_s // _KEEP_ALIVE_PARTS
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for option, value in _KEEP_ALIVE.items():
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
-    return connection
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, part)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, part)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEP_ALIVE_PARTS - 1)
+    # News on its way to a silent host is repeated for many minutes otherwise, and keep-alive waits for that.
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, host_timeout_s * 1000)

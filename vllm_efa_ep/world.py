@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.errors import ConfigurationError
+from vllm_efa_ep.messages import integer, read_json
 
 Kept = TypeVar("Kept")
 
@@ -101,6 +102,23 @@ class World:
         return [node * self.ranks_per_node + self.index for node in range(self.nodes) if node != self.node]
 
 
+@dataclass(frozen=True)
+class _Claim:
+    """What a process says when it joins."""
+
+    rank: int
+    host: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, said: Any, size: int) -> "_Claim":
+        """Interpret a message in a world of ``size`` ranks."""
+        host, settings = said["host"], said["settings"]
+        if not isinstance(host, str) or not isinstance(settings, dict):
+            raise TypeError("host is a string, settings are named")
+        return cls(integer(said["rank"], size), host, settings)
+
+
 def agree(
     bootstrap: Bootstrap, step: str, contribute: Callable[[], tuple[Kept, bytes]]
 ) -> tuple[Kept, list[bytes]]:
@@ -126,7 +144,9 @@ def agree(
         raise
     answers = bootstrap.all_gather(b"+" + message)
     refusals = [
-        f"rank {rank}: {answer[1:].decode()}" for rank, answer in enumerate(answers) if answer[:1] != b"+"
+        f"rank {rank}: {answer[1:].decode(errors='replace')}"
+        for rank, answer in enumerate(answers)
+        if answer[:1] != b"+"
     ]
     if refusals:
         raise ConfigurationError(f"{step} failed on other ranks; nothing was started. {'; '.join(refusals)}")
@@ -157,9 +177,12 @@ def join_world(
         return None, json.dumps(own_claim).encode()
 
     _, told = agree(bootstrap, "joining", claim)
-    claims = [json.loads(each) for each in told]
+    claims = [
+        read_json(each, f"rank {rank}", lambda said: _Claim.of(said, len(told)))
+        for rank, each in enumerate(told)
+    ]
     _check_claims(claims)
-    hosts = [str(c["host"]) for c in claims]
+    hosts = [claim.host for claim in claims]
     return World(
         rank=bootstrap.rank,
         size=len(claims),
@@ -175,18 +198,18 @@ def host_identity() -> str:
     return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
 
 
-def _check_claims(claims: list[dict[str, Any]]) -> None:
+def _check_claims(claims: list[_Claim]) -> None:
     by_id: dict[int, int] = {}
     for position, claim in enumerate(claims):
-        other = by_id.setdefault(claim["rank"], position)
+        other = by_id.setdefault(claim.rank, position)
         if other != position:
             raise ConfigurationError(
                 f"two processes (numbers {other} and {position} of the bootstrap) claim rank "
-                f"{claim['rank']}; give every process its own rank"
+                f"{claim.rank}; give every process its own rank"
             )
-    first = claims[0]["settings"]
+    first = claims[0].settings
     for rank, claim in enumerate(claims):
-        settings = claim["settings"]
+        settings = claim.settings
         for name in sorted(first.keys() | settings.keys()):
             if first.get(name) != settings.get(name):
                 raise ConfigurationError(

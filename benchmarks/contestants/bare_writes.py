@@ -4,8 +4,8 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, cast
 
-from benchmarks.contestants.contestant import Contestant, Workplace
-from benchmarks.problem import Problem
+from vllm_efa_ep.bench.contestants.contestant import Contestant, Workplace
+from vllm_efa_ep.bench.problem import Problem
 
 ADDRESS_CAPACITY = 4096
 _VOID_P, _CHAR_P, _U32, _U64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint32, ctypes.c_uint64
@@ -38,7 +38,7 @@ class BareWrites(Contestant):
             settings.libfabric.encode(),
             settings.provider.encode(),
             settings.interface.encode(),
-            workplace.rank,
+            problem.rank,
             world,
             problem.cell.tokens * row_bytes,
             settings.chunk_bytes,
@@ -48,7 +48,7 @@ class BareWrites(Contestant):
         length = self._call("address")(self._handle, address, ADDRESS_CAPACITY)
         self._require(0 < length <= ADDRESS_CAPACITY)
         for peer, peer_address in enumerate(workplace.mpi.allgather(address.raw[:length])):
-            if peer != workplace.rank:
+            if peer != problem.rank:
                 connected = self._call("connect")(self._handle, peer, peer_address, len(peer_address))
                 self._require(connected == 0)
         workplace.mpi.Barrier()
@@ -68,11 +68,11 @@ class BareWrites(Contestant):
 
     def dispatch(self) -> None:
         """Write the bytes of the rows."""
-        self._require(self._exchange(self._handle, self._sent, self._received, self.workplace.world) == 0)
+        self._require(self._exchange(self._handle, self._sent, self._received, self.problem.cell.world) == 0)
 
     def combine(self) -> None:
         """Write the bytes of the outputs back."""
-        self._require(self._exchange(self._handle, self._received, self._sent, self.workplace.world) == 0)
+        self._require(self._exchange(self._handle, self._received, self._sent, self.problem.cell.world) == 0)
 
     def check(self) -> None:
         """Nothing to compare: the writes carry no tokens."""

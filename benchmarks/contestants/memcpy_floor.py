@@ -2,8 +2,8 @@
 
 import ctypes
 
-from benchmarks.contestants.contestant import Contestant, Workplace
-from benchmarks.problem import Problem
+from vllm_efa_ep.bench.contestants.contestant import Contestant, Workplace
+from vllm_efa_ep.bench.problem import Problem
 
 
 class MemcpyFloor(Contestant):
@@ -20,8 +20,8 @@ class MemcpyFloor(Contestant):
         super().__init__(problem, workplace)
         cell = problem.cell
         rows = cell.world * cell.tokens
-        self._source = workplace.scratch.rows("sent", rows, cell.hidden, cell.torch_dtype).data_ptr()
-        self._target = workplace.scratch.rows("received", rows, cell.hidden, cell.torch_dtype).data_ptr()
+        self._source = workplace.scratch.rows("sent", rows, cell.hidden, cell.format.dispatch).data_ptr()
+        self._target = workplace.scratch.rows("received", rows, cell.hidden, cell.format.dispatch).data_ptr()
         self._dispatch_bytes = sum(problem.sent_rows) * cell.row_bytes
         self._combine_bytes = sum(problem.received_rows) * cell.row_bytes
 

@@ -46,6 +46,9 @@ inline InterruptCheck interrupt_check(CheckWait check_wait) {
   };
 }
 
+/// The measurement of a link between two ranks.
+void bind_link(nanobind::module_& m);
+
 /// Halves on a GPU, and what they need.
 void bind_cuda(nanobind::module_& m);
 

@@ -2,7 +2,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <memory>
+#include <atomic>
 
 #include "bindings/common.h"
 
@@ -27,6 +27,12 @@ void bind_host_block(nb::module_& m) {
   m.def(
       "cuda_signals_offset", [](uint32_t ring_commands) { return HostBlock::signals_offset(ring_commands); },
       "ring_commands"_a, "Where in it the signals are, if they are not in the arena.");
+  m.def(
+      "cuda_stop",
+      [](uintptr_t host_address) {
+        std::atomic_ref(pointer<HostBlock>(host_address)->stop).store(1, std::memory_order_release);
+      },
+      "host_address"_a, "Ends all waits of the kernels that share this memory, for good.");
   nb::class_<DeviceRingReader, CommandSource>(m, "DeviceRing")
       .def(
           "__init__",

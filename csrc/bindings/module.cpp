@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "bindings/common.h"
+#include "bindings/times.h"
 #include "cpu/device.h"
 #include "cpu/stand_in.h"
 #include "errors.h"
@@ -58,7 +59,6 @@ void translate(const std::exception_ptr& pointer, void*) {
 }
 
 using Counters = nb::typed<nb::dict, std::string, uint64_t>;
-using Seconds = nb::typed<nb::dict, std::string, double>;
 
 nb::typed<nb::dict, std::string, nb::any> describe(const FabricDescription& description) {
   nb::dict result;
@@ -100,14 +100,6 @@ nb::typed<nb::dict, std::string, nb::any> counters_of(const CpuDevice& device) {
   result["peer_rows"] = counters.peer_rows;
   result["dropped_slots"] = counters.dropped_slots;
   result["dropped_weight"] = counters.dropped_weight;
-  return result;
-}
-
-Seconds seconds_by_half(const std::array<uint64_t, 4>& nanoseconds) {
-  nb::dict result;
-  for (size_t half = 0; half < kHalfNames.size(); ++half) {
-    result[kHalfNames[half]] = static_cast<double>(nanoseconds[half]) * 1e-9;
-  }
   return result;
 }
 
@@ -244,7 +236,7 @@ void bind_proxy(nb::module_& m) {
           [](Proxy* self, Fabric& fabric, const Arena* arena, const Layout& layout, uint32_t rank,
              uint64_t chunk_bytes, uint32_t ring_commands, double timeout_s, bool own_core,
              CommandSource* commands, uintptr_t signals, bool signals_combine_writes,
-             std::vector<uint32_t> cpus) {
+             std::vector<uint32_t> cpus, size_t trace_spans) {
             if (arena == nullptr && signals == 0)
               throw ConfigurationError("a proxy needs an arena, or a place for its signals");
             new (self) Proxy(fabric, arena == nullptr ? nullptr : arena->data(),
@@ -257,12 +249,15 @@ void bind_proxy(nb::module_& m) {
                               .commands = commands,
                               .signals = pointer<std::byte>(signals),
                               .signals_combine_writes = signals_combine_writes,
-                              .cpus = std::move(cpus)});
+                              .cpus = std::move(cpus),
+                              .trace_spans = trace_spans});
           },
           nb::kw_only(), "fabric"_a, "arena"_a.none(), "layout"_a, "rank"_a, "chunk_bytes"_a,
           "ring_commands"_a, "timeout_s"_a, "own_core"_a, "commands"_a.none() = nb::none(), "signals"_a = 0,
-          "signals_combine_writes"_a = false, "cpus"_a = std::vector<uint32_t>{}, nb::keep_alive<1, 2>(),
-          nb::keep_alive<1, 3>(), nb::keep_alive<1, 10>())
+          "signals_combine_writes"_a = false, "cpus"_a = std::vector<uint32_t>{}, "trace_spans"_a = 0,
+          nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 10>())
+      .def("trace", [](Proxy& proxy) { return spans_of(proxy.trace()); })
+      .def("dropped_spans", &Proxy::dropped_spans)
       .def("counters", [](const Proxy& proxy) { return counters_of(proxy); })
       .def(
           "drain",
@@ -323,6 +318,8 @@ void bind_stand_in(nb::module_& m) {
 
 void bind_device(nb::module_& m) {
   m.attr("NO_OWNER") = kNoOwner;
+  m.def("duration_bounds", &duration_bounds,
+        "Upper bounds of all buckets of a duration histogram but the last, in seconds.");
   nb::enum_<ScalarType>(m, "ScalarType")
       .value("bfloat16", ScalarType::kBfloat16)
       .value("float16", ScalarType::kFloat16)
@@ -332,15 +329,19 @@ void bind_device(nb::module_& m) {
           "__init__",
           [](CpuDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
              ScalarType combine_type, bool per_expert, double timeout_s,
-             const std::vector<const Arena*>& arenas, Proxy* proxy, const CheckWait& check_wait) {
+             const std::vector<const Arena*>& arenas, Proxy* proxy, const CheckWait& check_wait,
+             size_t trace_spans) {
             CpuDeviceOptions options =
                 device_options(layout, rank, std::move(expert_owner), combine_type, per_expert, timeout_s);
             options.check_interrupt = interrupt_check(check_wait);
+            options.trace_spans = trace_spans;
             new (self) CpuDevice(options, bases_of(arenas), proxy);
           },
           nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
-          "timeout_s"_a, "arenas"_a, "proxy"_a.none(), "check_wait"_a, nb::keep_alive<1, 8>(),
-          nb::keep_alive<1, 9>())
+          "timeout_s"_a, "arenas"_a, "proxy"_a.none(), "check_wait"_a, "trace_spans"_a = 0,
+          nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
+      .def("trace", [](const CpuDevice& device) { return spans_of(device.trace()); })
+      .def("dropped_spans", &CpuDevice::dropped_spans)
       .def(
           "dispatch_send",
           [](CpuDevice& device, uint32_t channel, uintptr_t x, size_t x_stride, uintptr_t scales,
@@ -390,8 +391,13 @@ void bind_device(nb::module_& m) {
           "channel"_a, "out"_a, ReleaseLock())
       .def("counters", [](const CpuDevice& device) { return counters_of(device); })
       .def("half_seconds", [](const CpuDevice& device) { return seconds_by_half(device.counters().half_ns); })
-      .def("wait_seconds",
-           [](const CpuDevice& device) { return seconds_by_half(device.counters().wait_ns); });
+      .def("wait_seconds", [](const CpuDevice& device) { return seconds_by_half(device.counters().wait_ns); })
+      .def("half_buckets",
+           [](const CpuDevice& device) { return buckets_by_half(device.counters().half_histogram); })
+      .def("wait_buckets",
+           [](const CpuDevice& device) { return buckets_by_half(device.counters().wait_histogram); })
+      .def("waited_for_seconds",
+           [](const CpuDevice& device) { return seconds_by_rank(device.counters().waited_for_ns); });
 }
 
 }  // namespace
@@ -404,6 +410,7 @@ NB_MODULE(_core, m) {
   bind_protocol(m);
   bind_memory(m);
   bind_fabric(m);
+  bind_link(m);
   bind_signals(m);
   bind_proxy(m);
   bind_device(m);

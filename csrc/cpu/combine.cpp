@@ -4,7 +4,6 @@
 #include <set>
 
 #include "cpu/device.h"
-#include "cpu/timer.h"
 #include "errors.h"
 
 namespace efa_ep {
@@ -14,7 +13,7 @@ void CpuDevice::combine_send(uint32_t channel_index, const CombineInput& input) 
   if (options_.per_expert && input.per_slot) {
     throw ConfigurationError("rows per slot belong to the per_token layout; pass rows per expert");
   }
-  const ScopedTimer timer(counters_.half_ns[static_cast<size_t>(Half::kCombineSend)]);
+  const ScopedTimer timer = time_half(Half::kCombineSend, channels_[channel_index]);
   Channel& channel = channels_[channel_index];
   channel.stage = Stage::kCombineSent;
   channel.summed.assign(topology_.nodes(), false);
@@ -65,7 +64,7 @@ void CpuDevice::reduce_row(uint32_t channel_index, const CombineInput& input, co
     terms[count++] = {input.rows + row * bytes, 1.0f};
   } else {
     const std::byte* dispatched = row_of(source, source_row);
-    const int32_t* ids = ids_of(dispatched);
+    const RowIds ids = ids_of(dispatched);
     const float* weights = weights_of(dispatched);
     for (uint32_t slot = 0; slot < top_k; ++slot) {
       if (!is_own(ids[slot])) continue;
@@ -90,6 +89,7 @@ bool CpuDevice::sum_rail(uint32_t channel_index) {
     bool complete = true;
     for (uint32_t owner = 0; owner < topology_.ranks_per_node && complete; ++owner) {
       complete = owner == index_ || results_offered(channel_index, node, owner);
+      if (!complete) channel.missing = topology_.rank_at(node_, owner);
     }
     if (complete) {
       sum_node(channel_index, node);
@@ -124,6 +124,8 @@ const std::byte* CpuDevice::results_of(uint32_t channel_index, uint32_t source_n
 }
 
 // Each owner's results lie in the order of its rows; which rows those are, the dispatch slot still says.
+// Ranks of the node can write there, so a row that names other owners than when it arrived is an error: from
+// there on, results would be summed into other tokens.
 void CpuDevice::sum_node(uint32_t channel_index, uint32_t node) {
   const Channel& channel = channels_[channel_index];
   const size_t bytes = layout_.combine_row();
@@ -132,22 +134,31 @@ void CpuDevice::sum_node(uint32_t channel_index, uint32_t node) {
   const uint32_t first = layout_.staged_row(node_, node);
   std::byte* staging =
       own_arena() + layout_.outgoing(channel_index, Operation::kCombine) + size_t{first} * bytes;
-  std::vector<const std::byte*> next(topology_.ranks_per_node);
+  struct Results {
+    const std::byte* next;
+    size_t left;
+  };
+  std::vector<Results> offered(topology_.ranks_per_node);
   for (uint32_t owner = 0; owner < topology_.ranks_per_node; ++owner) {
     if (owner == index_) {
       const Source& source = channel.sources[topology_.rail_peer(options_.rank, node)];
-      next[owner] = results(channel_index) + source.first_row * bytes;
+      offered[owner] = {results(channel_index) + source.first_row * bytes, source.rows.size()};
     } else {
-      next[owner] = results_of(channel_index, node, owner,
-                               channel.listed[size_t{node} * topology_.ranks_per_node + owner]);
+      const uint32_t listed = channel.listed[size_t{node} * topology_.ranks_per_node + owner];
+      offered[owner] = {results_of(channel_index, node, owner, listed), listed};
     }
   }
+  const auto refuse_changed = [&] {
+    throw ProtocolError("rows of rank " + std::to_string(topology_.rail_peer(options_.rank, node)) +
+                        " changed after their arrival; their memory was overwritten by a foreign writer");
+  };
   const auto sum_row = [&](uint32_t row) {
     std::array<WeightedRow, kMaxTopK> terms;
     size_t count = 0;
     for (const uint32_t owner : owners_of(ids_of(slot + row * layout_.dispatch_row()))) {
-      terms[count++].row = next[owner];
-      next[owner] += bytes;
+      if (offered[owner].left-- == 0) refuse_changed();
+      terms[count++].row = offered[owner].next;
+      offered[owner].next += bytes;
     }
     sum_rows(staging + row * bytes, {terms.data(), count}, bytes / scalar_bytes(options_.combine_type),
              options_.combine_type);
@@ -156,17 +167,25 @@ void CpuDevice::sum_node(uint32_t channel_index, uint32_t node) {
     for (uint32_t row = chunk_row; row < chunk_row + count; ++row) sum_row(row);
     return first + chunk_row;
   });
+  for (const Results& results : offered) {
+    if (results.left > 0) refuse_changed();
+  }
 }
 
 bool CpuDevice::combine_ready(uint32_t channel_index) {
   require(channel_index, Stage::kCombineSent, "combine_recv");
   // The next round's rows take the place of those that this round's writes came from.
   if (!sum_rail(channel_index) || !sent(channel_index, Operation::kDispatch)) return false;
+  Channel& channel = channels_[channel_index];
   for (uint32_t owner = 0; owner < topology_.ranks_per_node; ++owner) {
-    if (!results_offered(channel_index, node_, owner)) return false;
+    if (results_offered(channel_index, node_, owner)) continue;
+    channel.missing = topology_.rank_at(node_, owner);
+    return false;
   }
   for (uint32_t node = 0; node < topology_.nodes(); ++node) {
-    if (node != node_ && !sums_arrived(channel_index, node)) return false;
+    if (node == node_ || sums_arrived(channel_index, node)) continue;
+    channel.missing = topology_.rail_peer(options_.rank, node);
+    return false;
   }
   return true;
 }
@@ -187,10 +206,11 @@ bool CpuDevice::sums_arrived(uint32_t channel_index, uint32_t node) const {
 
 void CpuDevice::combine_recv(uint32_t channel_index, std::byte* out) {
   require(channel_index, Stage::kCombineSent, "combine_recv");
-  const ScopedTimer timer(counters_.half_ns[static_cast<size_t>(Half::kCombineRecv)]);
+  ScopedTimer timer = time_half(Half::kCombineRecv, channels_[channel_index]);
   Channel& channel = channels_[channel_index];
+  channel.missing = kNobody;
   wait(
-      Half::kCombineRecv, channel.round, [&] { return combine_ready(channel_index); },
+      Half::kCombineRecv, channel, [&] { return combine_ready(channel_index); },
       [&] {
         std::set<uint32_t> missing;
         for (uint32_t node = 0; node < topology_.nodes(); ++node) {
@@ -209,6 +229,8 @@ void CpuDevice::combine_recv(uint32_t channel_index, std::byte* out) {
       });
   gather(channel_index, out);
   channel.stage = Stage::kIdle;
+  timer.stop();
+  record_round(channel);
 }
 
 // Sums each token's rows: nodes in ascending order, and within the own node its owners in ascending order.

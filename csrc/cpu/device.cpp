@@ -6,14 +6,11 @@
 #include <thread>
 #include <utility>
 
-#include "cpu/timer.h"
 #include "errors.h"
 #include "protocol/chunking.h"
 
 namespace efa_ep {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 // A wait yields first, since the next event is usually microseconds away and often on this very core; a long
 // one naps, so that an idle rank leaves the core to others.
@@ -34,6 +31,7 @@ CpuDevice::CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> ar
       arenas_(std::move(arenas)),
       proxy_(proxy),
       channels_(layout_.channels) {
+  counters_.waited_for_ns = std::vector<std::atomic<uint64_t>>(topology_.world);
   if (arenas_.size() != topology_.ranks_per_node || (topology_.nodes() > 1 && proxy_ == nullptr)) {
     throw ConfigurationError(
         "a device needs the arena of every rank of its node, and a proxy if there are several nodes");
@@ -45,6 +43,7 @@ CpuDevice::CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> ar
     channel.slot_rows.resize(topology_.nodes());
     channel.listed.resize(topology_.world);
     channel.summed.resize(topology_.nodes());
+    channel.trace = TraceBuffer(options_.trace_spans);
     for (uint32_t rank = 0; rank < topology_.world; ++rank) {
       const uint32_t node = topology_.node_of(rank);
       Source source;
@@ -64,8 +63,36 @@ DeviceCounters CpuDevice::counters() const {
   for (size_t half = 0; half < kHalfNames.size(); ++half) {
     counters.half_ns[half] = counters_.half_ns[half];
     counters.wait_ns[half] = counters_.wait_ns[half];
+    counters.half_histogram[half] = counters_.half_histogram[half].counts();
+    counters.wait_histogram[half] = counters_.wait_histogram[half].counts();
   }
+  counters.waited_for_ns.assign(counters_.waited_for_ns.begin(), counters_.waited_for_ns.end());
   return counters;
+}
+
+std::vector<TraceSpan> CpuDevice::trace() const {
+  std::vector<TraceSpan> spans;
+  for (const Channel& channel : channels_) {
+    const std::vector<TraceSpan> more = channel.trace.spans();
+    spans.insert(spans.end(), more.begin(), more.end());
+  }
+  return spans;
+}
+
+uint64_t CpuDevice::dropped_spans() const {
+  uint64_t dropped = 0;
+  for (const Channel& channel : channels_) dropped += channel.trace.dropped();
+  return dropped;
+}
+
+// At the end of a round, so that a half that is timed in two pieces is one sample.
+void CpuDevice::record_round(Channel& channel) {
+  for (size_t half = 0; half < kHalfNames.size(); ++half) {
+    counters_.half_histogram[half].record(channel.half_ns[half]);
+    counters_.wait_histogram[half].record(channel.wait_ns[half]);
+  }
+  channel.half_ns.fill(0);
+  channel.wait_ns.fill(0);
 }
 
 void CpuDevice::require(uint32_t channel_index, Stage stage, const char* call) const {
@@ -107,9 +134,11 @@ void CpuDevice::post_rows(uint32_t channel_index, Operation operation, uint32_t 
                           .rows = static_cast<uint16_t>(count)};
     if (!proxy_->try_submit(command)) {
       const Half half = operation == Operation::kDispatch ? Half::kDispatchSend : Half::kCombineSend;
+      const uint32_t peer = topology_.rail_peer(options_.rank, node);
+      channel.missing = peer;
       wait(
-          half, channel.round, [&] { return proxy_->try_submit(command); },
-          [&] { return std::vector<uint32_t>{topology_.rail_peer(options_.rank, node)}; });
+          half, channel, [&] { return proxy_->try_submit(command); },
+          [&] { return std::vector<uint32_t>{peer}; });
     }
     ++channel.submitted[static_cast<size_t>(operation)];
   }
@@ -131,29 +160,40 @@ std::vector<uint32_t> CpuDevice::unfinished_peers() const {
   return ranks;
 }
 
-// Every wait of the device: does the proxy's work meanwhile, and ends with an error at the deadline.
-void CpuDevice::wait(Half half, uint32_t round, const std::function<bool()>& ready,
+// Every wait of the device: does the proxy's work meanwhile, and ends with an error at the deadline. Its time
+// is put down to the rank that was missing last.
+void CpuDevice::wait(Half half, Channel& channel, const std::function<bool()>& ready,
                      const std::function<std::vector<uint32_t>()>& missing) {
   if (ready()) return;
-  const ScopedTimer timer(counters_.wait_ns[static_cast<size_t>(half)]);
+  const uint32_t round = channel.round;
+  const auto half_index = static_cast<size_t>(half);
+  ScopedTimer timer(counters_.wait_ns[half_index], channel.wait_ns[half_index], channel.trace,
+                    span_of(TraceSpan::Kind::kWait, half, channel));
   const Proxy::Waiting waiting(proxy_);
-  const auto start = Clock::now();
+  const auto start = options_.clock->now();
   auto last_interrupt_check = start;
   const auto describe = [&] {
-    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    const double seconds = std::chrono::duration<double>(options_.clock->now() - start).count();
     return std::string(kHalfNames[static_cast<size_t>(half)]) + " of round " + std::to_string(round) +
            " on rank " + std::to_string(options_.rank) + " waited " + std::to_string(seconds) + " s for " +
            rank_names(missing());
   };
   for (uint32_t turn = 1;; ++turn) {
     const bool moved = proxy_ != nullptr && proxy_->help();
-    if (ready()) return;
+    if (ready()) {
+      timer.span().peer = channel.missing;
+      if (channel.missing != kNobody) {
+        const auto waited = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start);
+        counters_.waited_for_ns[channel.missing] += static_cast<uint64_t>(waited.count());
+      }
+      return;
+    }
     bool nap = false;
     // Also while something moves: it may be another channel's, and this wait has a deadline of its own.
     if (turn % kTurnsPerClockCheck == 0) {
       if (proxy_ != nullptr) proxy_->throw_if_failed();
-      const auto now = Clock::now();
-      if (now - start > options_.timeout) {
+      const auto now = options_.clock->now();
+      if (now - start >= options_.timeout) {
         throw RankTimeoutError(describe(), kHalfNames[static_cast<size_t>(half)], round, missing());
       }
       if (options_.check_interrupt && now - last_interrupt_check > kInterruptCheckTime) {
@@ -171,13 +211,13 @@ void CpuDevice::wait(Half half, uint32_t round, const std::function<bool()>& rea
   }
 }
 
-OwnerList CpuDevice::owners_of(const int32_t* ids) const {
+OwnerList CpuDevice::owners_of(const RowIds& ids) const {
   OwnerList owners;
-  for (uint32_t slot = 0; slot < layout_.row.top_k; ++slot) {
-    if (ids[slot] < 0) continue;
-    const uint32_t rank = placement_.owner(ids[slot]);
+  for (const int32_t id : ids) {
+    if (id < 0) continue;
+    const uint32_t rank = placement_.owner(id);
     if (rank == kNoOwner) {
-      throw ProtocolError("a received row names expert " + std::to_string(ids[slot]) +
+      throw ProtocolError("a received row names expert " + std::to_string(id) +
                           ", which no live rank has; its sender's mask differs from this rank's");
     }
     if (topology_.node_of(rank) == node_) owners.insert(topology_.index_of(rank));

@@ -14,9 +14,13 @@
 #include <string>
 #include <vector>
 
+#include "clock.h"
+#include "cpu/duration_histogram.h"
 #include "cpu/owner_list.h"
 #include "cpu/placement.h"
+#include "cpu/row_ids.h"
 #include "cpu/row_math.h"
+#include "cpu/timer.h"
 #include "protocol/layout.h"
 #include "protocol/round.h"
 #include "proxy/proxy.h"
@@ -30,8 +34,10 @@ struct CpuDeviceOptions {
   std::vector<uint32_t> expert_owner;  ///< owner rank of every expert, or kNoOwner
   ScalarType combine_type = ScalarType::kBfloat16;
   bool per_expert = false;  ///< output layout: [experts, capacity, ...] instead of [rows, ...]
-  std::chrono::nanoseconds timeout = std::chrono::seconds(120);
+  std::chrono::nanoseconds timeout = std::chrono::seconds(120);  ///< of every wait
+  const DeadlineClock* clock = &kSteadyClock;                    ///< of that time; outlives the device
   InterruptCheck check_interrupt = nullptr;
+  size_t trace_spans = 0;  ///< newest spans of a trace to keep per channel; 0: none
 };
 
 /// Tokens to send. All tables are contiguous, row by row.
@@ -79,6 +85,10 @@ struct DeviceCounters {
   std::array<uint64_t, 4>
       half_ns{};  ///< time inside dispatch_send, dispatch_recv, combine_send, combine_recv
   std::array<uint64_t, 4> wait_ns{};  ///< of which waiting for other ranks
+  /// One sample per complete round and half: its time, and the part of it that was waiting.
+  std::array<DurationHistogram::Counts, 4> half_histogram{}, wait_histogram{};
+  /// [world] time of waits that this rank ended by being the last to arrive.
+  std::vector<uint64_t> waited_for_ns{};
 };
 
 enum class Half : uint32_t { kDispatchSend, kDispatchRecv, kCombineSend, kCombineRecv };
@@ -127,8 +137,12 @@ class CpuDevice {
   /// Tokens of the round in flight on `channel`.
   uint32_t tokens(uint32_t channel) const { return channels_.at(channel).tokens; }
   DeviceCounters counters() const;
+  /// Halves and waits of the past. No half may be running.
+  std::vector<TraceSpan> trace() const;
+  uint64_t dropped_spans() const;
 
  private:
+  static constexpr uint32_t kNobody = UINT32_MAX;
   enum class Stage : uint8_t { kIdle, kDispatchSent, kDispatchReady, kPacked, kCombineSent };
 
   /// A rank whose rows this rank's experts receive, in source rank order.
@@ -156,12 +170,17 @@ class CpuDevice {
     std::vector<bool> summed;         // remote nodes to which this round's node sums have been sent
     std::vector<uint32_t> positions;  // per_expert: [row][top_k] position among the rows of the slot's expert
     std::array<uint64_t, kOperations> submitted{};  // writes handed to the proxy so far
+    std::array<uint64_t, 4> half_ns{}, wait_ns{};   // of the round in flight
+    TraceBuffer trace;
+    uint32_t missing = kNobody;  // a rank that was missing when somebody last looked
   };
   struct AtomicCounters {
     std::atomic<uint64_t> rounds{0}, tokens{0}, network_rows{0}, peer_rows{0}, received_rows{0},
         dropped_slots{0};
     std::atomic<double> dropped_weight{0};
     std::array<std::atomic<uint64_t>, 4> half_ns{}, wait_ns{};
+    std::array<DurationHistogram, 4> half_histogram, wait_histogram;
+    std::vector<std::atomic<uint64_t>> waited_for_ns;
   };
 
   // dispatch.cpp
@@ -202,13 +221,23 @@ class CpuDevice {
                  const std::function<uint32_t(uint32_t first, uint32_t count)>& make_rows);
   bool sent(uint32_t channel_index, Operation operation) const;
   std::vector<uint32_t> unfinished_peers() const;
-  void wait(Half half, uint32_t round, const std::function<bool()>& ready,
-            const std::function<std::vector<uint32_t>()>& missing);
-  OwnerList owners_of(const int32_t* ids) const;
-  bool is_own(int32_t id) const { return id >= 0 && placement_.owner(id) == options_.rank; }
-  const int32_t* ids_of(const std::byte* row) const {
-    return reinterpret_cast<const int32_t*>(row + RowShape::ids_offset());
+  ScopedTimer time_half(Half half, Channel& channel) {
+    const auto index = static_cast<size_t>(half);
+    return {counters_.half_ns[index], channel.half_ns[index], channel.trace,
+            span_of(TraceSpan::Kind::kHalf, half, channel)};
   }
+  TraceSpan span_of(TraceSpan::Kind kind, Half half, const Channel& channel) const {
+    return {.kind = kind,
+            .what = static_cast<uint32_t>(half),
+            .channel = static_cast<uint32_t>(&channel - channels_.data()),
+            .round = channel.round + (half == Half::kDispatchSend && channel.stage == Stage::kIdle)};
+  }
+  void record_round(Channel& channel);
+  void wait(Half half, Channel& channel, const std::function<bool()>& ready,
+            const std::function<std::vector<uint32_t>()>& missing);
+  OwnerList owners_of(const RowIds& ids) const;
+  bool is_own(int32_t id) const { return id >= 0 && placement_.owner(id) == options_.rank; }
+  RowIds ids_of(const std::byte* row) const { return RowIds(row, layout_.row.top_k); }
   const float* weights_of(const std::byte* row) const {
     return reinterpret_cast<const float*>(row + layout_.row.weights_offset());
   }

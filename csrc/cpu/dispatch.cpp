@@ -6,7 +6,6 @@
 #include <string>
 
 #include "cpu/device.h"
-#include "cpu/timer.h"
 #include "errors.h"
 
 namespace efa_ep {
@@ -34,7 +33,7 @@ void CpuDevice::dispatch_send(uint32_t channel_index, const DispatchInput& input
         std::to_string(input.tokens) + " tokens to dispatch, but max_tokens_per_rank is " +
         std::to_string(layout_.max_tokens) + "; raise it on all ranks or send fewer tokens");
   }
-  const ScopedTimer timer(counters_.half_ns[static_cast<size_t>(Half::kDispatchSend)]);
+  const ScopedTimer timer = time_half(Half::kDispatchSend, channels_[channel_index]);
   Channel& channel = channels_[channel_index];
   if (input.ids_are_64_bit) {
     route<int64_t>(channel, input);
@@ -194,10 +193,11 @@ bool CpuDevice::dispatch_ready(uint32_t channel_index) {
 
 uint32_t CpuDevice::dispatch_wait(uint32_t channel_index) {
   require(channel_index, Stage::kDispatchSent, "dispatch_recv");
-  const ScopedTimer timer(counters_.half_ns[static_cast<size_t>(Half::kDispatchRecv)]);
-  const Channel& channel = channels_[channel_index];
+  const ScopedTimer timer = time_half(Half::kDispatchRecv, channels_[channel_index]);
+  Channel& channel = channels_[channel_index];
+  channel.missing = kNobody;
   wait(
-      Half::kDispatchRecv, channel.round, [&] { return dispatch_ready(channel_index); },
+      Half::kDispatchRecv, channel, [&] { return dispatch_ready(channel_index); },
       [&] {
         std::set<uint32_t> missing;
         for (const Source& source : channel.sources) {
@@ -224,6 +224,7 @@ bool CpuDevice::receive_sources(uint32_t channel_index) {
         own_rail ? layout_.arrival(channel_index, Operation::kDispatch, source_node)
                  : layout_.dispatch_flag(channel_index, layout_.block(index_, source_node, source.holder)));
     if (arrived.round != channel.round) {
+      channel.missing = own_rail ? source.rank : topology_.rank_at(node_, source.holder);
       all = false;
       continue;
     }
@@ -284,7 +285,7 @@ void CpuDevice::forward(uint32_t channel_index, Source& source, uint32_t rows) {
 
 void CpuDevice::dispatch_pack(uint32_t channel_index, const DispatchOutput& output) {
   require(channel_index, Stage::kDispatchReady, "dispatch_recv");
-  const ScopedTimer timer(counters_.half_ns[static_cast<size_t>(Half::kDispatchRecv)]);
+  const ScopedTimer timer = time_half(Half::kDispatchRecv, channels_[channel_index]);
   std::fill_n(output.tokens_per_expert, local_experts_, 0);
   if (options_.per_expert) {
     pack_per_expert(channel_index, output);
@@ -309,11 +310,11 @@ void CpuDevice::pack_per_token(uint32_t channel_index, const DispatchOutput& out
     for (uint32_t i = 0; i < source.rows.size(); ++i, ++place) {
       const std::byte* row = row_of(source, i);
       copy_activation(row, output, place);
-      std::memcpy(output.ids + place * top_k, ids_of(row), size_t{4} * top_k);
+      const RowIds ids = ids_of(row);
+      std::copy(ids.begin(), ids.end(), output.ids + place * top_k);
       std::memcpy(output.weights + place * top_k, weights_of(row), size_t{4} * top_k);
-      const int32_t* ids = ids_of(row);
-      for (uint32_t slot = 0; slot < top_k; ++slot) {
-        if (is_own(ids[slot])) ++output.tokens_per_expert[placement_.local(ids[slot])];
+      for (const int32_t id : ids) {
+        if (is_own(id)) ++output.tokens_per_expert[placement_.local(id)];
       }
     }
   }
@@ -327,7 +328,7 @@ void CpuDevice::pack_per_expert(uint32_t channel_index, const DispatchOutput& ou
   for (const Source& source : channel.sources) {
     for (uint32_t i = 0; i < source.rows.size(); ++i) {
       const std::byte* row = row_of(source, i);
-      const int32_t* ids = ids_of(row);
+      const RowIds ids = ids_of(row);
       const size_t first = channel.positions.size();
       for (uint32_t slot = 0; slot < top_k; ++slot) {
         uint32_t position = 0;

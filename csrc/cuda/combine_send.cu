@@ -58,11 +58,11 @@ DP_DEVICE void send_row(const Context& at, uint32_t row) {
                first_row[node]);
 }
 
-/// Tells the ranks of the own node where their rail's results are: one fence, then two words each.
+/// Tells the ranks of the own node where their rail's results are. The place must be there before the flag,
+/// so that each flag is a release of its own.
 DP_DEVICE void publish_results(const Context& at) {
   const DeviceState& device = at.device;
   const Topology& topology = at.layout().topology;
-  dp::fence_release_sys();
   for (uint32_t source = threadIdx.x; source < device.world(); source += kThreads) {
     const uint32_t node = topology.node_of(source);
     const uint32_t holder = topology.index_of(source);

@@ -153,13 +153,12 @@ DP_DEVICE void stage_token(const Context& at, const DispatchInput& input, uint32
   hand_over(at, token);
 }
 
-/// Tells the ranks of the own node which rows are for them: one fence, then a flag each.
+/// Tells the ranks of the own node which rows are for them.
 DP_DEVICE void publish_lists(const Context& at) {
   const DeviceState& device = at.device;
-  dp::fence_release_sys();
   for (uint32_t owner = threadIdx.x; owner < device.ranks_per_node(); owner += kThreads) {
     const RoundWord word{at.counters().round, at.channel.sent_rows[device.node + owner]};
-    dp::st_relaxed_sys(flag_at(at, owner, at.channel.dispatch_flags, device.node, device.index),
+    dp::st_release_sys(flag_at(at, owner, at.channel.dispatch_flags, device.node, device.index),
                        word.encode());
   }
 }

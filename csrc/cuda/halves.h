@@ -32,8 +32,9 @@ struct HalfLaunch {
 
 /// How dispatch_send makes rows from what it reads.
 enum class Quantisation : uint8_t {
-  kNone,         ///< rows are copied
-  kFp8,          ///< bf16 -> fp8 e4m3; per 128 values one float32 scale, the largest magnitude / 448
+  kNone,  ///< rows are copied
+  kFp8,   ///< bf16 -> fp8 e4m3, a multiple of 128 values; per 128 of them one float32 scale, the largest
+          ///< magnitude / 448
   kFp8PowerOf2,  ///< the same, the scale rounded up to a power of two and stored as one ue8m0 byte
 };
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <random>
 
 #include "errors.h"
 #include "fabric/libfabric_compat.h"
@@ -48,6 +49,16 @@ sa_family_t address_family(std::span<const std::byte> name) {
   return family;
 }
 
+// Where the application chooses keys, those of one fabric start here and no other's do: a write to memory
+// that was registered before a rank was lost finds no key, not that of what replaced it.
+constexpr uint32_t kKeysPerRail = 1 << 16;
+uint64_t random_first_key(const fi_info& info) {
+  std::random_device random;
+  const uint64_t key = (uint64_t{random()} << 32 | random()) * kKeysPerRail;
+  const size_t bytes = info.domain_attr->mr_key_size;
+  return bytes == 0 || bytes >= sizeof key ? key : key & ((uint64_t{1} << 8 * bytes) - 1);
+}
+
 bool outside(uint64_t offset, uint64_t bytes, uint64_t size) {
   return offset > size || bytes > size - offset;
 }
@@ -55,7 +66,7 @@ bool outside(uint64_t offset, uint64_t bytes, uint64_t size) {
 }  // namespace
 
 LibfabricRail::LibfabricRail(InfoPtr info, uint32_t index, uint32_t peers)
-    : info_(std::move(info)), index_(index) {
+    : info_(std::move(info)), index_(index), first_key_(random_first_key(*info_)) {
   if (info_->fabric_attr->prov_name == std::string("efa")) info_->tx_attr->tclass = FI_TC_LOW_LATENCY;
   if (fi_version() >= libfabric_compat::kProgressControlUnifiedSince) {
     // In the answer instead of the hints: where hints for it go changed between releases.
@@ -122,7 +133,7 @@ void LibfabricRail::prepare_receives() {
   // Nothing is ever sent to these: they are what arriving immediates consume, and all share one small buffer.
   receive_buffer_ = std::make_unique<std::byte[]>(kReceiveBufferBytes);
   // Its key must differ from those of the memory's pieces where the application chooses keys.
-  constexpr uint64_t kReceiveKey = ~uint32_t{0};
+  constexpr uint64_t kReceiveKey = kKeysPerRail - 1;
   receive_region_ = register_piece(receive_buffer_.get(), kReceiveBufferBytes, FI_RECV, kReceiveKey);
   receives_.resize(std::min<size_t>(info_->rx_attr->size, completion_queue_depth_ - send_queue_depth()));
   for (fi_context2& receive : receives_) free_receives_.push_back(&receive);
@@ -139,14 +150,13 @@ void LibfabricRail::post_receives() {
   }
 }
 
-FidPtr<fid_mr> LibfabricRail::register_piece(void* base, size_t bytes, uint64_t access,
-                                             uint64_t requested_key) const {
+FidPtr<fid_mr> LibfabricRail::register_piece(void* base, size_t bytes, uint64_t access, uint64_t key) const {
   const iovec range{base, bytes};
   libfabric_compat::MrAttr padded;
   padded.attr.mr_iov = &range;
   padded.attr.iov_count = 1;
   padded.attr.access = access;
-  padded.attr.requested_key = requested_key;  // ignored by providers that choose keys (FI_MR_PROV_KEY)
+  padded.attr.requested_key = first_key_ + key;  // ignored by providers that choose keys (FI_MR_PROV_KEY)
   fid_mr* region = nullptr;
   require(fi_mr_regattr(domain_.get(), &padded.attr, 0, &region),
           "registering " + std::to_string(bytes) + " bytes on " + name(),
@@ -166,7 +176,7 @@ FidPtr<fid_mr> LibfabricRail::register_device_piece(const DeviceRange& range, ui
   padded.attr.mr_iov = by_dmabuf ? reinterpret_cast<const iovec*>(&dmabuf) : &addresses;
   padded.attr.iov_count = 1;
   padded.attr.access = FI_WRITE | FI_REMOTE_WRITE;
-  padded.attr.requested_key = piece;
+  padded.attr.requested_key = first_key_ + piece;
   padded.attr.iface = FI_HMEM_CUDA;
   padded.attr.device.cuda = static_cast<int>(range.device);
   fid_mr* region = nullptr;

@@ -66,7 +66,7 @@ class LibfabricRail {
   void set_endpoint_options();
   void prepare_receives();
   void post_receives();
-  FidPtr<fid_mr> register_piece(void* base, size_t bytes, uint64_t access, uint64_t requested_key) const;
+  FidPtr<fid_mr> register_piece(void* base, size_t bytes, uint64_t access, uint64_t key) const;
   FidPtr<fid_mr> register_device_piece(const DeviceRange& range, uint64_t piece) const;
   const Peer& target_of(const WriteRequest& request) const;
   bool is_receive(const void* context) const;
@@ -80,6 +80,7 @@ class LibfabricRail {
   // In the order of creation: destruction in reverse closes the endpoint first.
   InfoPtr info_;
   uint32_t index_;
+  uint64_t first_key_;
   uint32_t completion_queue_depth_ = 0;
   uint64_t max_write_bytes_ = 0;
   std::vector<Write> writes_;

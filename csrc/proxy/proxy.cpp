@@ -29,11 +29,14 @@ constexpr uint32_t kYieldsBeforeParking = 64;
 constexpr uint32_t kYieldsBeforeParkingWithDevice = 1 << 20;
 constexpr auto kParkTime = std::chrono::microseconds(100);
 
-// The context of a write says whose it is; no table of writes in flight is needed.
+// The context of a write says whose it is; no table of writes in flight is needed. Of a traced one, the bits
+// from 32 to 62 are the number of its span; bit 63 is that of tile puts.
+constexpr uint32_t kSpanShift = 32;
+constexpr uint64_t kSpanBits = 0x7FFFFFFF;
 constexpr uint64_t context_of(uint32_t node, const Immediate& immediate) {
   return uint64_t{node} << 2 | static_cast<uint64_t>(immediate.operation) << 1 | immediate.channel;
 }
-constexpr uint32_t context_node(uint64_t context) { return static_cast<uint32_t>(context >> 2); }
+constexpr uint32_t context_node(uint64_t context) { return static_cast<uint32_t>(context) >> 2; }
 constexpr Operation context_operation(uint64_t context) { return static_cast<Operation>(context >> 1 & 1); }
 constexpr uint32_t context_channel(uint64_t context) { return context & 1; }
 constexpr uint32_t context_pair(uint64_t context) { return context & 3; }
@@ -84,7 +87,8 @@ Proxy::Proxy(Fabric& fabric, std::byte* arena, const ProxyOptions& options, bool
       destinations_(options.layout.topology.nodes()),
       pairs_(size_t{options.layout.channels} * kOperations * options.layout.topology.nodes()),
       completed_(size_t{kMaxChannels} * kOperations),
-      completions_(kPollBatch) {
+      completions_(kPollBatch),
+      trace_(options.trace_spans) {
   if (start_thread) thread_ = std::thread(&Proxy::run, this);
 }
 
@@ -291,7 +295,9 @@ bool Proxy::post_queued() {
 bool Proxy::post_from(uint32_t node, Destination& destination) {
   bool posted = false;
   while (destination.next < destination.queue.size()) {
-    const WriteRequest request = request_of(node, destination.queue[destination.next]);
+    WriteRequest request = request_of(node, destination.queue[destination.next]);
+    const uint64_t begin_ns = trace_.enabled() ? TraceBuffer::now_ns() : 0;
+    request.context |= (trace_.next() & kSpanBits) << kSpanShift;
     if (fabric_.post_write(request) == PostResult::kAgain) {
       add(counters_.retries, 1);
       if (outstanding_ > destination.outstanding) {
@@ -310,6 +316,7 @@ bool Proxy::post_from(uint32_t node, Destination& destination) {
     --queued_;
     add(counters_.writes, 1);
     add(counters_.bytes, request.bytes);
+    trace_write(request, destination, begin_ns);
   }
   if (destination.next == destination.queue.size()) {
     destination.queue.clear();
@@ -334,7 +341,34 @@ WriteRequest Proxy::request_of(uint32_t node, const Command& command) const {
   return request;
 }
 
+void Proxy::trace_write(const WriteRequest& request, Destination& destination, uint64_t begin_ns) {
+  if (!trace_.enabled()) return;
+  const Immediate immediate = Immediate::decode(request.immediate);
+  const auto operation = static_cast<uint32_t>(immediate.operation);
+  uint32_t& round = destination.rounds[immediate.channel][operation];
+  if (immediate.first) ++round;
+  trace_.add({.kind = TraceSpan::Kind::kWrite,
+              .what = operation,
+              .channel = immediate.channel,
+              .round = round,
+              .peer = request.peer,
+              .chunk = immediate.chunk(),
+              .bytes = request.bytes,
+              .begin_ns = begin_ns});
+}
+
+std::vector<TraceSpan> Proxy::trace() {
+  const std::lock_guard lock(work_);
+  return trace_.spans();
+}
+
+uint64_t Proxy::dropped_spans() {
+  const std::lock_guard lock(work_);
+  return trace_.dropped();
+}
+
 void Proxy::on_write_done(uint64_t context) {
+  if (trace_.enabled()) trace_.end(context >> kSpanShift, kSpanBits);
   --destinations_[context_node(context)].outstanding;
   --outstanding_;
   add(counters_.completions, 1);
@@ -370,6 +404,17 @@ void Proxy::on_arrival(uint32_t bits) {
   }
   ++arriving.chunks_seen;
   add(counters_.immediates, 1);
+  if (trace_.enabled()) {
+    const uint64_t now = TraceBuffer::now_ns();
+    trace_.add({.kind = TraceSpan::Kind::kArrival,
+                .what = static_cast<uint32_t>(immediate.operation),
+                .channel = immediate.channel,
+                .round = arriving.round,
+                .peer = layout.topology.rail_peer(options_.rank, immediate.source_node),
+                .chunk = immediate.chunk(),
+                .begin_ns = now,
+                .end_ns = now});
+  }
   if (!arriving.rows_known) return;
   if (arriving.chunks_seen > arriving.chunks) refuse("is one more chunk than announced");
   if (arriving.chunks_seen == arriving.chunks) {

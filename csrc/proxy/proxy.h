@@ -20,6 +20,7 @@
 #include "proxy/posting.h"
 #include "proxy/tile_puts.h"
 #include "proxy/wait.h"
+#include "trace_buffer.h"
 
 namespace efa_ep {
 
@@ -42,6 +43,7 @@ struct ProxyOptions {
   std::byte* signals = nullptr;
   bool signals_combine_writes = false;  ///< as a GPU's PCIe window does: every signal needs a flush
   std::vector<uint32_t> cpus = {};      ///< where its thread runs; empty: anywhere
+  size_t trace_spans = 0;               ///< newest spans of a trace to keep; 0: none
 };
 
 /// Totals since the start; all monotone.
@@ -108,6 +110,9 @@ class Proxy {
   uint64_t chunk_bytes() const { return chunk_bytes_; }
   uint32_t rails() const { return rails_; }
   ProxyCounters counters() const;
+  /// Writes, from posting to completion, and arrivals of the past.
+  std::vector<TraceSpan> trace();
+  uint64_t dropped_spans();
 
  private:
   /// Writes to one node's rail peer, in submission order.
@@ -116,6 +121,7 @@ class Proxy {
     size_t next = 0;  // first of `queue` that is not posted
     uint32_t outstanding = 0;
     Refusal refusal;
+    std::array<std::array<uint32_t, kOperations>, kMaxChannels> rounds{};  // whose first chunks are posted
   };
   /// What has arrived of the current round of one (channel, operation, source node).
   struct Pair {
@@ -146,6 +152,7 @@ class Proxy {
   void fail(std::exception_ptr error);
   Pair& pair(const Immediate& immediate);
   WriteRequest request_of(uint32_t node, const Command& command) const;
+  void trace_write(const WriteRequest& request, Destination& destination, uint64_t begin_ns);
   // Only the holder of work_ writes counters; readers may be anywhere.
   static void add(std::atomic<uint64_t>& counter, uint64_t amount) {
     counter.store(counter.load(std::memory_order_relaxed) + amount, std::memory_order_relaxed);
@@ -167,6 +174,7 @@ class Proxy {
   std::vector<uint64_t> completed_;  // writes, by context without the node
   std::vector<Completion> completions_;
   AtomicCounters counters_;
+  TraceBuffer trace_;
 
   std::atomic<bool> failed_{false};
   std::exception_ptr failure_;

@@ -39,14 +39,14 @@ ScalarType scalar_type(const std::string& name) {
 /// A Python object with the methods of EmulatedWorkload. What one of them raises ends its rank.
 class PythonWorkload final : public EmulatedWorkload {
  public:
-  PythonWorkload(nb::object workload, size_t x_stride)
-      : workload_(std::move(workload)), x_stride_(x_stride) {}
+  explicit PythonWorkload(nb::object workload) : workload_(std::move(workload)) {}
 
   DispatchInput tokens(const EmulatedTurn& turn) override {
-    using Input = std::tuple<uintptr_t, uintptr_t, uintptr_t, bool, uintptr_t, uint32_t>;
-    const auto [x, scales, ids, ids_are_64_bit, weights, tokens] = nb::cast<Input>(call("tokens", turn));
+    using Input = std::tuple<uintptr_t, size_t, uintptr_t, uintptr_t, bool, uintptr_t, uint32_t>;
+    const auto [x, x_stride, scales, ids, ids_are_64_bit, weights, tokens] =
+        nb::cast<Input>(call("tokens", turn));
     return {.x = pointer<std::byte>(x),
-            .x_stride = x_stride_,
+            .x_stride = x_stride,
             .scales = pointer<std::byte>(scales),
             .ids = pointer<void>(ids),
             .ids_are_64_bit = ids_are_64_bit,
@@ -79,7 +79,6 @@ class PythonWorkload final : public EmulatedWorkload {
   }
 
   const nb::object workload_;
-  const size_t x_stride_;
 };
 
 EmulatedWorldOptions world_options(uint32_t world, uint32_t ranks_per_node, const RowShape& row,
@@ -108,6 +107,24 @@ std::string error_text(const std::exception_ptr& error) {
   return "";
 }
 
+nb::dict counters(EmulatedWorld& world, uint32_t rank) {
+  const ProxyCounters network =
+      world.proxy(rank) == nullptr ? ProxyCounters{} : world.proxy(rank)->counters();
+  const DeviceCounters device = world.device(rank).counters();
+  nb::dict result;
+  result["writes"] = network.writes;
+  result["bytes"] = network.bytes;
+  result["completions"] = network.completions;
+  result["immediates"] = network.immediates;
+  result["network_rows"] = device.network_rows;
+  result["peer_rows"] = device.peer_rows;
+  result["received_rows"] = device.received_rows;
+  uint64_t host_ns = 0;
+  for (const uint64_t half_ns : device.half_ns) host_ns += half_ns;
+  result["host_ns"] = host_ns;
+  return result;
+}
+
 void bind_world(nb::module_& m) {
   nb::class_<EmulatedWorld>(m, "World")
       .def(
@@ -115,31 +132,52 @@ void bind_world(nb::module_& m) {
           [](EmulatedWorld* self, uint32_t world, uint32_t ranks_per_node, uint32_t top_k,
              uint32_t payload_bytes, uint32_t scale_bytes, uint32_t combine_bytes, uint32_t max_tokens,
              uint32_t channels, std::vector<uint32_t> expert_owner, const std::string& combine_type,
-             bool per_expert, uint64_t chunk_bytes, const std::string& profile, uint32_t nics, uint64_t seed,
-             double timeout_s) {
+             bool per_expert, const std::string& signal_policy, uint64_t chunk_bytes,
+             const std::string& profile, uint32_t nics, uint64_t seed, double timeout_s, bool check_sources) {
             EmulatedWorldOptions options =
                 world_options(world, ranks_per_node, {top_k, payload_bytes, scale_bytes, combine_bytes},
                               max_tokens, channels);
             options.expert_owner = std::move(expert_owner);
             options.combine_type = scalar_type(combine_type);
             options.per_expert = per_expert;
+            options.signal_policy = signal_policy_named(signal_policy);
             options.chunk_bytes = chunk_bytes;
             options.timeout = std::chrono::duration_cast<std::chrono::nanoseconds>(
                 std::chrono::duration<double>(timeout_s));
-            options.network = {.profile = emulated_profile(profile), .seed = seed, .check_sources = true};
+            options.network = {
+                .profile = emulated_profile(profile), .seed = seed, .check_sources = check_sources};
             options.network.profile.nics = nics;
+            // EFA has no fences. A network that is like it in all else shows what they would be good for.
+            options.network.profile.honours_fence = options.signal_policy == SignalPolicyKind::kNicOrdered;
             new (self) EmulatedWorld(options);
           },
           nb::kw_only(), "world"_a, "ranks_per_node"_a, "top_k"_a, "payload_bytes"_a, "scale_bytes"_a,
           "combine_bytes"_a, "max_tokens"_a, "channels"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
-          "chunk_bytes"_a, "profile"_a, "nics"_a, "seed"_a, "timeout_s"_a)
+          "signal_policy"_a, "chunk_bytes"_a, "profile"_a, "nics"_a, "seed"_a, "timeout_s"_a,
+          "check_sources"_a)
       .def(
           "run",
-          [](EmulatedWorld& self, nb::object workload, size_t x_stride, uint32_t rounds) {
-            PythonWorkload python(std::move(workload), x_stride);
+          [](EmulatedWorld& self, nb::object workload, uint32_t rounds) {
+            PythonWorkload python(std::move(workload));
             self.run(python, rounds);
           },
-          "workload"_a, "x_stride"_a, "rounds"_a)
+          "workload"_a, "rounds"_a)
+      .def(
+          "activations",
+          [](EmulatedWorld& self, uint32_t rank, uint32_t channel) {
+            return reinterpret_cast<uintptr_t>(self.device(rank).activations(channel));
+          },
+          "rank"_a, "channel"_a)
+      .def(
+          "results",
+          [](EmulatedWorld& self, uint32_t rank, uint32_t channel) {
+            return reinterpret_cast<uintptr_t>(self.device(rank).results(channel));
+          },
+          "rank"_a, "channel"_a)
+      .def("counters", &counters, "rank"_a, "What the rank's proxy and device counted so far.")
+      .def(
+          "events", [](EmulatedWorld& self) { return self.network().trace().events(); },
+          "Events of the network so far.")
       .def(
           "error", [](const EmulatedWorld& self, uint32_t rank) { return error_text(self.error(rank)); },
           "rank"_a, "What ended the rank, empty if nothing did.")

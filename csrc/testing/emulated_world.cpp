@@ -57,6 +57,7 @@ void EmulatedWorld::mask(std::vector<uint32_t> server_of) {
     // In this order: each needs the next.
     rank.device.reset();
     rank.proxy.reset();
+    rank.policy.reset();
     rank.fabric.reset();
     rank.arena.reset();
     rank.error = nullptr;
@@ -95,8 +96,10 @@ void EmulatedWorld::connect(uint32_t rank) {
 void EmulatedWorld::make_device(uint32_t index) {
   Rank& rank = ranks_[index];
   const Topology& topology = options_.layout.topology;
+  rank.clock.use(network_.clock());
   if (topology.nodes() > 1) {
-    rank.proxy = std::make_unique<Proxy>(*rank.fabric, rank.arena.get(),
+    rank.policy = SignalPolicy::create(options_.signal_policy, *rank.fabric, network_.clock());
+    rank.proxy = std::make_unique<Proxy>(*rank.policy, rank.arena.get(),
                                          ProxyOptions{.layout = options_.layout,
                                                       .rank = index,
                                                       .chunk_bytes = options_.chunk_bytes,
@@ -118,8 +121,8 @@ void EmulatedWorld::make_device(uint32_t index) {
   }
   device.combine_type = options_.combine_type;
   device.per_expert = options_.per_expert;
-  // The world waits in the device's stead. A device that has to wait all the same says so at once.
-  device.timeout = std::chrono::nanoseconds::zero();
+  device.timeout = options_.timeout;
+  device.clock = &rank.clock;
   rank.device = std::make_unique<CpuDevice>(device, arenas, rank.proxy.get());
 }
 
@@ -289,6 +292,7 @@ void EmulatedWorld::expire() {
       if (!is_running(index, channel) || channel.since + options_.timeout > network_.now()) continue;
       guard(index, [&] {
         // The receiving half's check that does not wait has just failed; the one that waits names names.
+        ranks_[index].clock.begin(channel.since);
         if (channel.half == Half::kDispatchRecv) ranks_[index].device->dispatch_wait(channel_index);
         finish_half(index, channel_index);
       });

@@ -12,11 +12,13 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "cpu/device.h"
 #include "fabric/emulated_fabric.h"
 #include "proxy/proxy.h"
+#include "proxy/signal_policy.h"
 
 namespace efa_ep {
 
@@ -25,6 +27,7 @@ struct EmulatedWorldOptions {
   std::vector<uint32_t> expert_owner;  ///< owner rank of every expert
   ScalarType combine_type = ScalarType::kBfloat16;
   bool per_expert = false;
+  SignalPolicyKind signal_policy = SignalPolicyKind::kCounted;
   uint64_t chunk_bytes = 256 * 1024;
   uint32_t ring_commands = 4096;  ///< at least the chunks that one rank sends in a round, over all channels
   std::chrono::nanoseconds timeout = std::chrono::seconds(1);  ///< virtual, of every half
@@ -81,6 +84,7 @@ class EmulatedWorld {
   CpuDevice& device(uint32_t rank) { return *ranks_.at(rank).device; }
   /// Null in a world of one node.
   Proxy* proxy(uint32_t rank) { return ranks_.at(rank).proxy.get(); }
+  SignalPolicy* policy(uint32_t rank) { return ranks_.at(rank).policy.get(); }
   std::byte* arena(uint32_t rank) { return ranks_.at(rank).arena.get(); }
 
  private:
@@ -93,10 +97,27 @@ class EmulatedWorld {
     uint32_t last = 0;  // round to finish
     std::chrono::nanoseconds since{};
   };
+  /// A device's clock. The world waits in the device's stead, so a device that is asked to wait all the same
+  /// is told when its half began, and from then on what time it is.
+  class HalfClock final : public DeadlineClock {
+   public:
+    void use(const DeadlineClock& network) { network_ = &network; }
+    void begin(std::chrono::nanoseconds since) { since_ = since; }
+    TimePoint now() const override {
+      const auto since = std::exchange(since_, std::nullopt);
+      return since ? TimePoint(*since) : network_->now();
+    }
+
+   private:
+    const DeadlineClock* network_ = nullptr;
+    mutable std::optional<std::chrono::nanoseconds> since_;
+  };
   struct Rank {
     std::unique_ptr<std::byte, Free> arena;
     std::unique_ptr<EmulatedFabric> fabric;
+    std::unique_ptr<SignalPolicy> policy;
     std::unique_ptr<Proxy> proxy;
+    HalfClock clock;
     std::unique_ptr<CpuDevice> device;
     std::vector<Channel> channels;
     uint64_t received_rows = 0;  // of all rounds and channels

@@ -58,8 +58,7 @@ inline double rows_per_node(const Shape& shape) {
   return shape.tokens * (1 - none);
 }
 
-/// This project's, from the code that cuts and lays out. `chunk_bytes` as EFA_EP_CHUNK_BYTES.
-inline Counts ours(const Shape& shape, const std::string& name, uint64_t chunk_bytes) {
+inline Layout layout_of(const Shape& shape) {
   Layout layout;
   layout.topology = {shape.ranks, shape.ranks_per_node};
   layout.row = {.top_k = shape.top_k,
@@ -67,6 +66,12 @@ inline Counts ours(const Shape& shape, const std::string& name, uint64_t chunk_b
                 .scale_bytes = shape.scale_bytes(),
                 .combine_bytes = shape.combine_bytes()};
   layout.max_tokens = shape.tokens;
+  return layout;
+}
+
+/// This project's, from the code that cuts and lays out. `chunk_bytes` as EFA_EP_CHUNK_BYTES.
+inline Counts ours(const Shape& shape, const std::string& name, uint64_t chunk_bytes) {
+  const Layout layout = layout_of(shape);
   const double rows = rows_per_node(shape);
   const auto writes = [&](double pair_rows) {
     uint64_t sum = 0;

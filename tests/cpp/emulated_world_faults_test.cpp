@@ -46,6 +46,15 @@ std::vector<NamedFault> faults() {
 
 using Shape = std::pair<uint32_t, uint32_t>;  // nodes, ranks per node
 
+/// A half that gave up says how long it waited, in the network's time.
+void expect_whole_deadline(const std::string& what) {
+  const std::string before = " waited ";
+  const size_t at = what.find(before);
+  if (at == std::string::npos) return;  // a post that was refused to the end
+  EXPECT_GE(std::stod(what.substr(at + before.size())), std::chrono::duration<double>(kDeadline).count())
+      << what;
+}
+
 class EmulatedWorldFault : public ::testing::TestWithParam<std::tuple<size_t, Half>> {
  protected:
   /// Success, or an error that says who is to blame, never itself.
@@ -57,6 +66,7 @@ class EmulatedWorldFault : public ::testing::TestWithParam<std::tuple<size_t, Ha
     } catch (const RankTimeoutError& error) {
       EXPECT_FALSE(error.missing.empty()) << error.what();
       EXPECT_FALSE(std::count(error.missing.begin(), error.missing.end(), rank)) << error.what();
+      expect_whole_deadline(error.what());
       blamed.insert(blamed.end(), error.missing.begin(), error.missing.end());
     } catch (const std::exception& error) {
       ADD_FAILURE() << "rank " << rank << " ended in " << error.what();

@@ -8,9 +8,13 @@
 #include <array>
 #include <atomic>
 #include <future>
+#include <memory>
+#include <set>
 #include <string>
+#include <vector>
 
 #include "errors.h"
+#include "fabric/libfabric_address.h"
 #include "fabric_suite.h"
 #include "libfabric_testing.h"
 
@@ -60,6 +64,18 @@ TEST_P(EveryProvider, DescribesItself) {
   EXPECT_GT(description.send_queue_depth, 0U);
   EXPECT_GT(description.completion_queue_depth, description.send_queue_depth);
   EXPECT_EQ(description.max_write_bytes, kMaxWriteBytes);
+}
+
+TEST_P(EveryProvider, MemoryRegisteredAgainHasOtherKeys) {
+  std::array<std::byte, 4096> memory{};
+  std::set<uint64_t> keys;
+  std::vector<std::unique_ptr<LibfabricFabric>> fabrics;  // side by side, in case a provider counts its keys
+  for (size_t generation = 0; generation < 4; ++generation) {
+    fabrics.push_back(make_fabric(GetParam()));
+    fabrics.back()->register_memory(memory.data(), memory.size());
+    keys.insert(FabricAddress::decode(fabrics.back()->address()).rails[0].keys[0]);
+  }
+  EXPECT_EQ(keys.size(), fabrics.size());
 }
 
 TEST_P(EveryProvider, QueueIsBoundedAndPollingMakesRoom) {
@@ -116,8 +132,9 @@ TEST_P(EveryProvider, ContextsAreReusedOnlyAfterCompletion) {
 }
 
 TEST_P(EveryProvider, LargeMemoryIsReachedEverywhere) {
-  // Two pieces of registration and a bit; only the touched pages exist.
-  constexpr size_t kBytes = 2 * kPieceStride + 4096;
+  // Three pieces of registration and a bit, more than 2 GiB; only the touched pages exist.
+  constexpr size_t kBytes = 3 * kPieceStride + 4096;
+  static_assert(kBytes > size_t{1} << 31);
   struct Unmap {
     void operator()(std::byte* memory) const { munmap(memory, kBytes); }
   };

@@ -36,15 +36,16 @@ bool knows_dmabuf() {
   return fi_version() >= libfabric_compat::kMrDmabufSince;
 }
 
-/// Writes from one rank's GPU memory to the other's, and checks the bytes.
-void write_and_compare(LibfabricFabric& from, const Arena& source, LibfabricFabric& to, const Arena& target) {
+/// Writes from one rank's GPU memory, at `base` and a bit, to the other's, and checks the bytes.
+void write_and_compare(LibfabricFabric& from, const Arena& source, LibfabricFabric& to, const Arena& target,
+                       uint64_t base = 0) {
   from.connect(1, to.address());
   to.connect(0, from.address());
-  for (size_t i = 0; i < source.bytes(); ++i) source.data()[i] = std::byte(i * 7 + i / 256);
-  constexpr uint64_t kFrom = 4096 + 16, kTo = 3 << 20;
   constexpr uint32_t kLength = 70'000;
+  const uint64_t start = base + 4096 + 16, end = base + (3 << 20);
+  for (size_t i = 0; i < kLength; ++i) source.data()[start + i] = std::byte(i * 7 + i / 256);
   const WriteRequest request{
-      .peer = 1, .rail = 1, .local_offset = kFrom, .remote_offset = kTo, .bytes = kLength, .immediate = 5};
+      .peer = 1, .rail = 1, .local_offset = start, .remote_offset = end, .bytes = kLength, .immediate = 5};
   std::vector<Completion> completions(8);
   bool posted = false, arrived = false;
   while (!arrived) {
@@ -54,9 +55,9 @@ void write_and_compare(LibfabricFabric& from, const Arena& source, LibfabricFabr
     const size_t count = to.poll(completions);
     for (size_t i = 0; i < count; ++i) arrived |= completions[i].kind == CompletionKind::kArrival;
   }
-  EXPECT_EQ(std::memcmp(target.data() + kTo, source.data() + kFrom, kLength), 0);
-  EXPECT_EQ(target.data()[kTo - 1], std::byte{0});
-  EXPECT_EQ(target.data()[kTo + kLength], std::byte{0});
+  EXPECT_EQ(std::memcmp(target.data() + end, source.data() + start, kLength), 0);
+  EXPECT_EQ(target.data()[end - 1], std::byte{0});
+  EXPECT_EQ(target.data()[end + kLength], std::byte{0});
 }
 
 TEST(GpuMemory, IsRegisteredByDmabuf) {
@@ -82,10 +83,13 @@ TEST(GpuMemory, IsRegisteredByAddressWhereAPeerMemoryModuleIsLoaded) {
 
 TEST(GpuMemory, LargerThanOneRegistrationIsCutIntoPiecesOfTheDmabuf) {
   if (!knows_dmabuf()) GTEST_SKIP() << "this libfabric is older than 1.20";
-  const Arena arena = Arena::create(kMaxPieceBytes + kBytes);  // memory that is not touched takes no room
-  const auto fabric = open_fabric();
-  fabric->register_device_memory(range_of(arena));
-  EXPECT_EQ(FabricAddress::decode(fabric->address()).rails[0].keys.size(), 2u);
+  // Memory that is not touched takes no room.
+  const Arena source = Arena::create(kMaxPieceBytes + kBytes), target = Arena::create(source.bytes());
+  const auto from = open_fabric(), to = open_fabric();
+  from->register_device_memory(range_of(source));
+  to->register_device_memory(range_of(target));
+  EXPECT_EQ(FabricAddress::decode(from->address()).rails[0].keys.size(), 2u);
+  write_and_compare(*from, source, *to, target, kMaxPieceBytes);
 }
 
 TEST(GpuMemory, WithoutAnyWayToRegisterItTheErrorNamesTheModules) {

@@ -11,6 +11,7 @@
 #include "errors.h"
 #include "fabric/emulated_fabric.h"
 #include "fabric_suite.h"
+#include "forwarding_fabric.h"
 #include "libfabric_testing.h"
 #include "proxy/signal_policy.h"
 #include "self_advancing_fabric.h"
@@ -69,24 +70,15 @@ INSTANTIATE_TEST_SUITE_P(Providers, PolicyOnLibfabric,
                          });
 
 /// A policy and its fabric in one, as a factory has to return it.
-struct OwnedFabric {
+struct OwnedPolicy {
   std::unique_ptr<Fabric> fabric;
+  std::unique_ptr<SignalPolicy> policy;
 };
-class Owning final : OwnedFabric, public Fabric {
+class Owning final : OwnedPolicy, public ForwardingFabric {
  public:
-  Owning(std::unique_ptr<Fabric> fabric, SignalPolicyKind kind)
-      : OwnedFabric{std::move(fabric)}, policy_(SignalPolicy::create(kind, *this->fabric)) {}
-  const FabricDescription& description() const override { return policy_->description(); }
-  void register_memory(std::byte* base, size_t bytes) override { policy_->register_memory(base, bytes); }
-  std::vector<std::byte> address() const override { return policy_->address(); }
-  void connect(uint32_t peer, std::span<const std::byte> address) override {
-    policy_->connect(peer, address);
-  }
-  PostResult post_write(const WriteRequest& request) override { return policy_->post_write(request); }
-  size_t poll(std::span<Completion> completions) override { return policy_->poll(completions); }
-
- private:
-  std::unique_ptr<SignalPolicy> policy_;
+  Owning(std::unique_ptr<Fabric> owned, SignalPolicyKind kind)
+      : OwnedPolicy{std::move(owned), nullptr},
+        ForwardingFabric(*(policy = SignalPolicy::create(kind, *fabric))) {}
 };
 
 TEST_P(PolicyOnLibfabric, SignalsComeAfterTheirBytes) {

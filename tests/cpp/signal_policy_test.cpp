@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "fabric_suite.h"
+#include "forwarding_fabric.h"
 #include "libfabric_testing.h"
 #include "loopback_network.h"
 #include "test_environment.h"
@@ -28,27 +29,22 @@ using ::testing::Message;
 using ::testing::Values;
 using ::testing::ValuesIn;
 
-/// A fabric that hands everything to another one, after `change` has had its way with each write.
-class Bent final : public Fabric {
+/// Says that it honours fences, and lets `change` have its way with each write.
+class Bent final : public ForwardingFabric {
  public:
   using Change = std::function<void(WriteRequest&)>;
-  Bent(Fabric& fabric, Change change) : fabric_(fabric), change_(std::move(change)) {
-    description_ = fabric.description();
+  Bent(Fabric& fabric, Change change)
+      : ForwardingFabric(fabric), description_(fabric.description()), change_(std::move(change)) {
     description_.honours_fence = true;
   }
   const FabricDescription& description() const override { return description_; }
-  void register_memory(std::byte* base, size_t bytes) override { fabric_.register_memory(base, bytes); }
-  std::vector<std::byte> address() const override { return fabric_.address(); }
-  void connect(uint32_t peer, std::span<const std::byte> address) override { fabric_.connect(peer, address); }
   PostResult post_write(const WriteRequest& request) override {
     WriteRequest changed = request;
     change_(changed);
     return fabric_.post_write(changed);
   }
-  size_t poll(std::span<Completion> completions) override { return fabric_.poll(completions); }
 
  private:
-  Fabric& fabric_;
   FabricDescription description_;
   const Change change_;
 };
@@ -109,13 +105,9 @@ TEST_P(Broken, IsCaught) {
 }
 
 /// Sends the signal at once, and waits for nothing.
-class NoWait final : public Fabric {
+class NoWait final : public ForwardingFabric {
  public:
-  explicit NoWait(Fabric& fabric) : fabric_(fabric) {}
-  const FabricDescription& description() const override { return fabric_.description(); }
-  void register_memory(std::byte* base, size_t bytes) override { fabric_.register_memory(base, bytes); }
-  std::vector<std::byte> address() const override { return fabric_.address(); }
-  void connect(uint32_t peer, std::span<const std::byte> address) override { fabric_.connect(peer, address); }
+  using ForwardingFabric::ForwardingFabric;
   PostResult post_write(const WriteRequest& request) override {
     WriteRequest part = request;
     part.notify = false;
@@ -137,7 +129,6 @@ class NoWait final : public Fabric {
 
  private:
   static constexpr uint64_t kData = ~uint64_t{0};
-  Fabric& fabric_;
   std::vector<WriteRequest> late_;
 };
 

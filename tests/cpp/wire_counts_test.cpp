@@ -1,10 +1,12 @@
-// The counts that the comparison with other protocols rests on. That real rounds post as many writes and
-// bytes as Chunking and Layout say is tests/python/test_wire_counts.py's matter.
+// The counts that the comparison with other protocols rests on. That real rounds post exactly as many writes
+// and bytes as Chunking and Layout say is tests/python/test_wire_counts.py's matter.
 #include "testing/wire_counts.h"
 
 #include <gtest/gtest.h>
 
 #include <array>
+
+#include "testing/wire_counts_run.h"
 
 namespace efa_ep::wire_counts {
 namespace {
@@ -32,6 +34,22 @@ TEST(WireCounts, OursGrowWithNodesAndNothingElse) {
         EXPECT_LT(counts.work_requests, deepep_low_latency(shape).work_requests) << ranks << ", " << nics;
       }
       EXPECT_EQ(ours(shape, "", kUncut).work_requests, 2 * (ranks / 8 - 1) * nics);
+    }
+  }
+}
+
+// Expected numbers of rows against those of random tokens, in worlds that run.
+TEST(WireCounts, RunsCostWhatTheFormulasSay) {
+  for (const Shape& shape : {Shape{.ranks = 16, .nics = 1, .hidden = 256}, Shape{.ranks = 32, .hidden = 256},
+                             Shape{.ranks = 32, .nics = 4, .tokens = 32, .hidden = 256}}) {
+    for (const uint64_t chunk_bytes : {kUncut, uint64_t{8} << 10}) {
+      const Counts formula = ours(shape, "", chunk_bytes);
+      const Counted run = count_in_a_run(shape, chunk_bytes, 7);
+      EXPECT_EQ(run.fences, 0u);
+      EXPECT_EQ(run.arena_bytes, formula.buffer_bytes);
+      EXPECT_NEAR(run.wire_bytes, formula.wire_bytes, 0.02 * formula.wire_bytes);
+      EXPECT_LE(run.writes, static_cast<double>(formula.most_work_requests));
+      EXPECT_NEAR(run.writes, static_cast<double>(formula.work_requests), 0.1 * run.writes);
     }
   }
 }

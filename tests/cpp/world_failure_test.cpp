@@ -228,6 +228,48 @@ TEST(ForeignRow, InASlotIsAProtocolError) {
   }
 }
 
+// Node 1 is played by the test, and what it wrote changes after this node's ranks have listed it: the results
+// of the row's owners would be summed into other tokens.
+TEST(ForeignRow, ThatChangesAfterItsArrivalIsAProtocolError) {
+  const WorldConfig config = small_config(2, 2);
+  for (const std::vector<int32_t>& later : {std::vector{0, -1}, {1, 1}, {0, 2}}) {
+    World world(config);
+    const size_t slot = config.layout.slot(0, Operation::kDispatch, 0, 1);
+    const Bytes row = row_naming(config.layout, 1);  // and expert 0: one expert on each rank
+    std::copy(row.begin(), row.end(), world.arena(0) + slot);
+    for (const uint32_t rank : {0u, 1u}) {
+      const uint32_t rows = rank == 0 ? 1 : 0;
+      const Immediate immediate{.round_tag = 1, .source_node = 1, .first = true, .value = rows};
+      ASSERT_EQ(
+          world.network().endpoint(2 + rank).post_write({.peer = rank, .immediate = immediate.encode()}),
+          PostResult::kPosted);
+      world.dispatch_send(rank, 0, nothing());
+    }
+    std::thread other([&] { world.device(1).dispatch_wait(0); });
+    EXPECT_EQ(world.device(0).dispatch_wait(0), 1u);
+    other.join();
+    for (const uint32_t rank : {1u, 0u}) {
+      Bytes x(16);
+      std::vector<int32_t> ids(kTopK);
+      std::vector<float> weights(kTopK);
+      int32_t tokens_per_expert = 0;
+      world.device(rank).dispatch_pack(0, {.x = x.data(),
+                                           .ids = ids.data(),
+                                           .weights = weights.data(),
+                                           .tokens_per_expert = &tokens_per_expert});
+      EXPECT_EQ(tokens_per_expert, 1);
+    }
+    world.device(1).combine_send(0, {.rows = world.device(1).results(0)});
+    std::memcpy(world.arena(0) + slot + RowShape::ids_offset(), later.data(), sizeof(int32_t) * later.size());
+    try {
+      world.device(0).combine_send(0, {.rows = world.device(0).results(0)});
+      ADD_FAILURE();
+    } catch (const ProtocolError& error) {
+      EXPECT_NE(std::string(error.what()).find("rows of rank 2 changed"), std::string::npos) << error.what();
+    }
+  }
+}
+
 // Rank 1, played by the test, answers for a token that it never got: the sums of an earlier round must not
 // pass for this round's.
 TEST(ForeignSums, ForOtherTokensAreAProtocolError) {

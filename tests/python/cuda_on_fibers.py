@@ -89,10 +89,8 @@ class WindowIntoFakeMemory:
         """Nothing to undo."""
 
 
-def main() -> None:
-    """Play scenes whose results the oracle knows."""
-    directory, libfabric, signals = sys.argv[1:]
-    fake_cuda(load_core(Path(directory)), signals)
+def play_scenes(libfabric: str, signals: str) -> None:
+    """Compare results with what the oracle knows."""
     from test_round import Scene, play
     from thread_world import settings_of
 
@@ -118,6 +116,34 @@ def main() -> None:
             )
             play(scene, settings)
             print("played", nodes, ranks_per_node, config.layout, per_slot, flush=True)
+
+
+def time_out() -> None:
+    """Let a rank wait for one that does not come: the kernel's deadline becomes the CPU's error."""
+    from thread_world import ThreadBootstrap, outcomes_of_ranks, settings_of
+
+    from vllm_efa_ep import AllToAll, AllToAllConfig
+    from vllm_efa_ep.errors import RankTimeoutError
+
+    config = AllToAllConfig(64, 4, 2, 4, device="cuda")
+
+    def body(bootstrap: ThreadBootstrap) -> None:
+        with AllToAll(config, bootstrap, settings_of(2, timeout_s=1.0, num_sms=2)) as all_to_all:
+            if bootstrap.rank == 0:
+                all_to_all.dispatch(torch.ones(1, 64).bfloat16(), torch.tensor([[0, 3]]), torch.ones(1, 2))
+
+    error = outcomes_of_ranks(2, body)[0].error
+    assert isinstance(error, RankTimeoutError), error
+    assert (error.half, error.round, error.missing) == ("dispatch_recv", 1, (1,)), error
+    print("timed out:", error, flush=True)
+
+
+def main() -> None:
+    """Fake, then play."""
+    directory, libfabric, signals = sys.argv[1:]
+    fake_cuda(load_core(Path(directory)), signals)
+    play_scenes(libfabric, signals)
+    time_out()
 
 
 if __name__ == "__main__":

@@ -1,45 +1,26 @@
 """Worlds of production devices and proxies on an emulated network, checked by the oracle as they run."""
 
+import ctypes
 import dataclasses
 import functools
-import importlib.util
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from oracle import Batch, check_combined, check_dispatched, compute_experts
 
+from benchmarks.emulated_module import emulated
 from vllm_efa_ep import AllToAllConfig, Dispatched
 from vllm_efa_ep.dispatched import OutputBuffers
 from vllm_efa_ep.placement import linear_placement, round_robin_placement
+from vllm_efa_ep.rank_memory import HostMemory
 
-ROOT = Path(__file__).parents[2]
 # Far above any round's virtual time: a world that stands still ends there, at once in real time.
 TIMEOUT_S = 100.0
 # Up to 32 products of a value, a scale and an expert's factor add up to at most 256: exact in every type.
 _EXACT_VALUES = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
 _EXACT_SCALES = torch.tensor([1.0, 2.0])
-
-
-@functools.cache
-def emulated() -> ModuleType:
-    """Return the module that csrc/testing/emulated_bindings.cpp builds; EMULATED_MODULE_PATH says where."""
-    directory = Path(os.environ.get("EMULATED_MODULE_PATH", ROOT / "build" / "cpp-plain" / "testing"))
-    files = sorted(directory.glob("_emulated.*.so"))
-    assert files, (
-        f"no _emulated module in {directory}; build it with `make test-cpp`, or set EMULATED_MODULE_PATH to "
-        "<build directory>/testing"
-    )
-    spec = importlib.util.spec_from_file_location("_emulated", files[0])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass(frozen=True)
@@ -60,9 +41,12 @@ class Scene:
     channels: int = 1
     routing: str = "uniform"  # one of ROUTINGS
     rounds: int = 1
+    payload_columns: int | None = None  # of packed payloads
+    in_place: bool = False  # activations, and results if they can be, lie in the arena
     exact: bool = False  # inputs whose sums every type holds
     per_slot: bool = False
     weighted: bool = True  # the experts apply the weights
+    signal_policy: str = "counted"
     chunk_bytes: int = 256 * 1024
     nics: int = 1
     profile: str = "hostile"
@@ -83,6 +67,7 @@ class Scene:
             max_tokens_per_rank=self.max_tokens,
             dtype=getattr(torch, self.dtype),
             combine_dtype=getattr(torch, self.combine_dtype),
+            payload_columns=self.payload_columns,
             scale_columns=self.scale_columns,
             layout=self.layout,  # type: ignore[arg-type]
             channels=self.channels,
@@ -120,7 +105,8 @@ class Scene:
         if self.routing == "empty":
             tokens = 0
         ids = ROUTINGS[self.routing](self, tokens, random)
-        x = self._values((tokens, config.columns), _EXACT_VALUES, random).to(config.dtype)
+        x = self._values((tokens, config.columns), _EXACT_VALUES, random)
+        x = (x.abs() if config.dtype == torch.uint8 else x).to(config.dtype)
         weights = self._values((tokens, self.top_k), torch.ones(1), random)
         scales = self._values((tokens, self.scale_columns), _EXACT_SCALES, random)
         if rank % 2:
@@ -176,10 +162,12 @@ ROUTINGS = {
 class CheckedWorkload:
     """What the ranks of a scene compute. An ``AssertionError`` ends the rank whose result is wrong."""
 
-    def __init__(self, scene: Scene) -> None:
-        """Prepare for all ranks and channels."""
+    def __init__(self, scene: Scene, world: Any) -> None:
+        """Prepare for all ranks and channels of an emulated world."""
         self.scene = scene
+        self._world = world
         self.config = scene.config
+        self._dispatch_row = self.config.core_layout(scene.size, scene.ranks_per_node).dispatch_row_bytes
         self.per_slot = scene.per_slot or scene.layout == "per_expert"
         # [M, H] is always weighted by the experts.
         self.weighted_by_experts = scene.weighted or not self.per_slot
@@ -192,11 +180,18 @@ class CheckedWorkload:
         self.batches = functools.cache(scene.batches)  # as the oracle sees them
         self.sent = self.batches  # as the ranks pass them
 
-    def tokens(self, rank: int, channel: int, round_number: int) -> tuple[int, int, int, bool, int, int]:
-        """Return addresses of activations, scales, ids (are they 64 bits wide?), weights; then the tokens."""
+    def tokens(self, rank: int, channel: int, round_number: int) -> tuple[int, int, int, int, bool, int, int]:
+        """Return x, its stride, scales, ids (are they 64 bits wide?), weights; then the tokens."""
         own = self.sent(channel, round_number)[rank]
+        x, stride = own.x.data_ptr(), own.x.shape[1] * own.x.itemsize
+        if self.scene.in_place:
+            x = self._world.activations(rank, channel)
+            stride = self._dispatch_row
+            for token, row in enumerate(own.x.contiguous().view(torch.uint8).numpy()):
+                ctypes.memmove(x + token * stride, row.ctypes.data, row.nbytes)
         return (
-            own.x.data_ptr(),
+            x,
+            stride,
             0 if own.scales is None else own.scales.data_ptr(),
             own.topk_ids.data_ptr(),
             own.topk_ids.dtype == torch.int64,
@@ -207,7 +202,7 @@ class CheckedWorkload:
     def receive(self, rank: int, channel: int, _round_number: int, rows: int) -> tuple[int, ...]:
         """Return addresses for ``rows`` rows."""
         capacity = self.scene.size * self.scene.max_tokens
-        buffers = OutputBuffers(self.config, len(self.local_experts[rank]), capacity)
+        buffers = OutputBuffers(self.config, len(self.local_experts[rank]), capacity, HostMemory())
         if rows > buffers.room:
             buffers.grow(rows)
         self._received[rank, channel] = buffers.views(rows)
@@ -220,6 +215,10 @@ class CheckedWorkload:
         check_dispatched(self.config, self.batches(channel, round_number), experts, got)
         output = compute_experts(self.config, experts, got, self.per_slot, self.weighted_by_experts)
         self._kept[rank, channel] = output = output.contiguous()
+        if self.scene.in_place and output.dim() == 2:
+            address = self._world.results(rank, channel)
+            ctypes.memmove(address, output.data_ptr(), output.nbytes)
+            return address, False, self.weighted_by_experts
         return output.data_ptr(), got.x.dim() == 2 and self.per_slot, self.weighted_by_experts
 
     def output(self, rank: int, channel: int, round_number: int) -> int:
@@ -236,8 +235,8 @@ class CheckedWorkload:
         check_combined(self.config, own, weights_count, self.scene.exact, self._kept[rank, channel])
 
 
-def world_of(scene: Scene) -> Any:
-    """Return a world that can run the scene."""
+def world_of(scene: Scene, check_sources: bool = True) -> Any:
+    """Return a scene's world, to be run with a workload."""
     config = scene.config
     config.check(scene.size, scene.ranks_per_node)
     return emulated().World(
@@ -252,18 +251,20 @@ def world_of(scene: Scene) -> Any:
         expert_owner=list(config.placement(scene.size)),
         combine_type=scene.combine_dtype,
         per_expert=scene.layout == "per_expert",
+        signal_policy=scene.signal_policy,
         chunk_bytes=scene.chunk_bytes,
         profile=scene.profile,
         nics=scene.nics,
         seed=scene.seed,
         timeout_s=TIMEOUT_S,
+        check_sources=check_sources,
     )
 
 
 def play(scene: Scene) -> None:
     """Run a scene. Raises ``AssertionError`` with the first errors and the command that replays them."""
-    world, config = world_of(scene), scene.config
-    world.run(CheckedWorkload(scene), config.columns * config.dtype.itemsize, scene.rounds)
+    world = world_of(scene)
+    world.run(CheckedWorkload(scene, world), scene.rounds)
     wrong = []
     for rank in range(scene.size):
         if error := world.error(rank):

@@ -141,9 +141,9 @@ class ProcessWorld:
                 assert time.monotonic() < deadline, f"rank {rank} does not stop"
                 threading.Event().wait(0.001)
 
-    def ended(self, rank: int) -> Ended:
+    def ended(self, rank: int, patience_s: float = DEADLINE_S) -> Ended:
         """Wait until the body of ``rank`` ends."""
-        return self._next(rank, "ended")  # type: ignore[no-any-return]
+        return self._next(rank, "ended", patience_s)  # type: ignore[no-any-return]
 
     def exit_codes(self, ranks: list[int]) -> list[int | None]:
         """Let ``ranks``, whose bodies have ended, exit, and return their exit codes."""
@@ -154,9 +154,9 @@ class ProcessWorld:
             self.processes[rank].join(max(0.0, deadline - time.monotonic()))
         return [self.processes[rank].exitcode for rank in ranks]
 
-    def _next(self, rank: int, kind: str) -> Any:
+    def _next(self, rank: int, kind: str, patience_s: float = DEADLINE_S) -> Any:
         line = self._lines[rank]
-        assert line.poll(DEADLINE_S), f"rank {rank} said nothing for {DEADLINE_S:g} s; {kind} was expected"
+        assert line.poll(patience_s), f"rank {rank} said nothing for {patience_s:g} s; {kind} was expected"
         try:
             got_kind, value = line.recv()
         except EOFError:

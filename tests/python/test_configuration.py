@@ -14,7 +14,7 @@ import torch
 from process_world import Rank, run_processes
 from thread_world import Outcome, ThreadBootstrap, outcomes_of_ranks, run_world, settings_of
 
-from vllm_efa_ep import AllToAll, AllToAllConfig, __version__, connection, world
+from vllm_efa_ep import AllToAll, AllToAllConfig, __version__, connection, rank_memory, world
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError, FabricUnavailableError
 
@@ -254,8 +254,8 @@ class _FailsOnRank1:
     [
         ("joining", world, "host_identity", ""),
         ("allocating memory", connection, "DescriptorExchange", ""),
-        ("allocating memory", connection, "_core", "Arena.create"),
-        ("sharing memory inside the node", connection, "_core", "Arena.map"),
+        ("allocating memory", rank_memory, "_core", "Arena.create"),
+        ("sharing memory inside the node", rank_memory, "_core", "Arena.map"),
         ("opening the fabric", connection, "_core", "LibfabricFabric"),
         ("connecting the rails", connection, "_core", "Proxy"),
     ],

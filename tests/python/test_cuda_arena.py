@@ -72,8 +72,9 @@ FakeDriver().install()
 gpu = open_gpu(0)
 own = DeviceArena.create(gpu, 2 << 20)
 exchange = DescriptorExchange(1, 2)
-print(exchange.name, flush=True)
-(descriptor,) = exchange.exchange(own.descriptor, [sys.stdin.readline().strip(), exchange.name], 20).values()
+print(exchange.invitation, flush=True)
+invitations = [sys.stdin.readline().strip(), exchange.invitation]
+(descriptor,) = exchange.exchange(own.descriptor, invitations, 20).values()
 theirs = DeviceArena.map(gpu, descriptor, own.bytes)
 ctypes.memmove(theirs.address, b"from rank 1", 11)
 print(ctypes.string_at(own.address, 11).decode() if sys.stdin.readline() else "", flush=True)
@@ -95,9 +96,9 @@ def test_two_processes_share_memory_through_the_descriptor_exchange(driver: Fake
     assert peer.stdin is not None
     assert peer.stdout is not None
     peer_name = peer.stdout.readline().strip()
-    peer.stdin.write(exchange.name + "\n")
+    peer.stdin.write(exchange.invitation + "\n")
     peer.stdin.flush()
-    received = exchange.exchange(own.descriptor, [exchange.name, peer_name], 20)
+    received = exchange.exchange(own.descriptor, [exchange.invitation, peer_name], 20)
     theirs = DeviceArena.map(gpu, received[1], own.bytes)
     os.close(received[1])
     ctypes.memmove(theirs.address, b"from rank 0", 11)

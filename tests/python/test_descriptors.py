@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -38,8 +39,8 @@ def test_every_rank_gets_every_other_ranks_descriptor() -> None:
     def body(bootstrap: ThreadBootstrap) -> None:
         own = os.memfd_create(f"of rank {bootstrap.rank}")
         with closing(DescriptorExchange(bootstrap.rank, bootstrap.world_size)) as exchange:
-            names = [name.decode() for name in bootstrap.all_gather(exchange.name.encode())]
-            received = exchange.exchange(own, names, 30.0)
+            invitations = [each.decode() for each in bootstrap.all_gather(exchange.invitation.encode())]
+            received = exchange.exchange(own, invitations, 30.0)
         assert sorted(received) == [rank for rank in range(bootstrap.world_size) if rank != bootstrap.rank]
         for rank, descriptor in received.items():
             assert f"of rank {rank} " in str(Path(f"/proc/self/fd/{descriptor}").readlink())
@@ -51,45 +52,61 @@ def test_every_rank_gets_every_other_ranks_descriptor() -> None:
 
 def test_a_missing_peer_is_an_error_in_time(exchanges: list[DescriptorExchange]) -> None:
     """Peers that are there and silent, and one that has gone."""
-    names = [exchange.name for exchange in exchanges]
+    invitations = [exchange.invitation for exchange in exchanges]
     with pytest.raises(ConfigurationError, match=r"index \[1, 2\] did not share their memory within 0\.2 s"):
-        exchanges[0].exchange(0, names, 0.2)
+        exchanges[0].exchange(0, invitations, 0.2)
     exchanges[2].close()
     with pytest.raises(ConfigurationError, match="did not share"):
-        exchanges[1].exchange(0, names, 30.0)
+        exchanges[1].exchange(0, invitations, 30.0)
 
 
-@pytest.mark.parametrize("message", [b"", b"x", b"\x00" * 4])
-def test_a_stranger_is_an_error_in_time(exchanges: list[DescriptorExchange], message: bytes) -> None:
-    """Somebody who sends too little, or no descriptor, is not part of the run."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-        stranger.connect(f"\0{exchanges[0].name}")
-        stranger.sendall(message)
-        stranger.shutdown(socket.SHUT_WR)
-        with pytest.raises(ConfigurationError, match="not part of this run"):
-            exchanges[0].exchange(0, [exchange.name for exchange in exchanges], 30.0)
+def _knock(exchange: DescriptorExchange, hello: bytes, descriptors: list[int]) -> socket.socket:
+    name = exchange.invitation.split()[0]
+    stranger = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    stranger.connect(f"\0{name}")
+    socket.send_fds(stranger, [hello], descriptors)
+    return stranger
 
 
-def test_a_stranger_that_says_nothing_is_an_error_in_time(exchanges: list[DescriptorExchange]) -> None:
-    """It holds the line until the deadline and no longer."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-        stranger.connect(f"\0{exchanges[0].name}")
-        with pytest.raises(ConfigurationError, match=r"did not share their memory within 0\.2 s"):
-            exchanges[0].exchange(0, [exchange.name for exchange in exchanges], 0.2)
+def test_strangers_are_turned_away_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    """Every process sees the socket's name. Knocking there neither gets anything nor harms the run."""
+
+    def body(bootstrap: ThreadBootstrap) -> list[int]:
+        with closing(DescriptorExchange(bootstrap.rank, 2)) as exchange, ExitStack() as strangers:
+            token = bytes.fromhex(exchange.invitation.split()[1])
+            own_rank = struct.pack("=I", bootstrap.rank)
+            for hello in (b"x", bytes(32) + struct.pack("=I", 1 - bootstrap.rank), token + own_rank):
+                with _knock(exchange, hello, [0]) as stranger:
+                    stranger.shutdown(socket.SHUT_WR)
+            # Two that only say nothing, to the end of the exchange.
+            for _ in range(2):
+                silent = strangers.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                silent.connect(f"\0{exchange.invitation.split()[0]}")
+            invitations = [each.decode() for each in bootstrap.all_gather(exchange.invitation.encode())]
+            received = exchange.exchange(0, invitations, 30.0)
+        for descriptor in received.values():
+            os.close(descriptor)
+        return list(received)
+
+    assert run_ranks(2, body) == [[1], [0]]
+    refused = [record.message for record in caplog.records]
+    assert len(refused) == 6
+    for message in refused:
+        assert f"refused process {os.getpid()} of user {os.geteuid()}" in message
 
 
 def test_descriptors_received_before_a_failure_are_closed(exchanges: list[DescriptorExchange]) -> None:
     """One peer comes, the other does not."""
-    names = [exchange.name for exchange in exchanges]
+    invitations = [exchange.invitation for exchange in exchanges]
     descriptor = os.memfd_create("of rank 1")
 
     def send() -> None:
         with pytest.raises(ConfigurationError):
-            exchanges[1].exchange(descriptor, names, 0.3)
+            exchanges[1].exchange(descriptor, invitations, 0.3)
 
     thread = threading.Thread(target=send)
     thread.start()
     with pytest.raises(ConfigurationError, match=r"index \[2\]"):
-        exchanges[0].exchange(descriptor, names, 0.3)
+        exchanges[0].exchange(descriptor, invitations, 0.3)
     thread.join()
     os.close(descriptor)

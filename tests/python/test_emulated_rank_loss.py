@@ -26,8 +26,8 @@ class _LossyWorkload(CheckedWorkload):
     """Full batches of all live ranks; notes when each round ended."""
 
     def __init__(self, scene: Scene) -> None:
-        super().__init__(scene)
         self.world = world_of(scene)
+        super().__init__(scene, self.world)
         self.live = set(range(scene.size))
         self.ended: dict[int, float] = {}
         self._owners = torch.tensor(self.config.placement(scene.size))
@@ -36,7 +36,7 @@ class _LossyWorkload(CheckedWorkload):
 
     def run(self, rounds: int) -> None:
         """Let all live ranks finish so many more rounds, if they can."""
-        self.world.run(self, self.config.columns * self.config.dtype.itemsize, rounds)
+        self.world.run(self, rounds)
 
     def mask(self, server_of: tuple[int, ...]) -> None:
         """Go on without the ranks that others serve."""

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 LONG = os.environ.get("LONG_TESTS") == "1"
 PROFILES = ["p5", "p5en", "p6-b200", "p6-b300", "hostile"]
+# Dispatched with scales: fp8, and fp4 as bytes.
+_PACKED = ["float8_e4m3fn", "uint8"]
 # The oracle looks at every token on every rank.
 MOST_TOKENS = 2048 if LONG else 256
 
@@ -26,7 +28,10 @@ def scenes(draw: st.DrawFn) -> Scene:
     ranks_per_node = draw(st.integers(1, min(8, most_ranks // nodes)))
     size = nodes * ranks_per_node
     combine_dtype = draw(st.sampled_from(["bfloat16", "float16", "float32"]))
-    dtype = draw(st.sampled_from([combine_dtype, "bfloat16", "float16", "float32", "float8_e4m3fn"]))
+    dtype = draw(st.sampled_from([combine_dtype, "bfloat16", "float16", "float32", *_PACKED]))
+    hidden = 16 * draw(st.sampled_from([1, 2, 3, 5, 80])) if size <= 16 else 16
+    if size <= 4 and draw(st.booleans()):
+        hidden = draw(st.sampled_from([2880, 7168]))
     return Scene(
         nodes=nodes,
         ranks_per_node=ranks_per_node,
@@ -34,17 +39,21 @@ def scenes(draw: st.DrawFn) -> Scene:
         placement=draw(st.sampled_from(["linear", "round_robin", "random"])),
         top_k=draw(st.sampled_from([1, 2, 3, 8, 32])),
         max_tokens=draw(st.integers(1, min(40, MOST_TOKENS // size))),
-        hidden=16 * draw(st.sampled_from([1, 2, 3, 5, 80])) if size <= 16 else 16,
+        hidden=hidden,
         dtype=dtype,
         combine_dtype=combine_dtype,
-        scale_columns=draw(st.integers(1, 5)) if dtype == "float8_e4m3fn" else 0,
+        # Two fp4 values per byte, in rows of whole 16 bytes.
+        payload_columns=-(-hidden // 32) * 16 if dtype == "uint8" else None,
+        scale_columns=draw(st.integers(1, 5)) if dtype in _PACKED else 0,
         layout=draw(st.sampled_from(["per_token", "per_expert"])),
         channels=draw(st.integers(1, 2)),
         routing=draw(st.sampled_from(sorted(ROUTINGS))),
         rounds=draw(st.sampled_from([1, 2, 3, 20])) if size <= 16 else 1,
         exact=draw(st.booleans()),
+        in_place=draw(st.booleans()),
         per_slot=draw(st.booleans()),
         weighted=draw(st.booleans()),
+        signal_policy=draw(st.sampled_from(["counted", "counted", "coupled", "decoupled", "nic_ordered"])),
         chunk_bytes=draw(st.sampled_from([1, 100, 2000, 256 * 1024])),
         nics=draw(st.integers(1, 4)),
         profile=draw(st.sampled_from(PROFILES)),

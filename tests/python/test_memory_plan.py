@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from formulas import arena_sections
 from hypothesis import given
 from hypothesis import strategies as st
 from thread_world import Meeting, run_world, settings_of
@@ -76,24 +77,8 @@ def test_the_sections_follow_the_formulas(
         channels=channels,
     )
     plan = config.memory_plan(nodes * ranks_per_node, ranks_per_node)
-    head = -(-(4 + 8 * top_k) // 16) * 16
-    dispatch_row = head + -(-(hidden + 4 * scale_columns) // 16) * 16
-    combine_row = 2 * hidden
-    remote = (nodes - 1) * max_tokens
-    blocks = nodes * (ranks_per_node - 1) + 1
-    expected = {
-        "arrivals": 2 * nodes * 64,
-        "completions": 2 * 64,
-        "dispatch_flags": blocks * 64,
-        "result_flags": blocks * 64,
-        "row_lists": nodes * ranks_per_node * max_tokens * 4,
-        "dispatch_staging": nodes * max_tokens * dispatch_row,
-        "dispatch_slots": remote * dispatch_row,
-        "results": nodes * ranks_per_node * max_tokens * combine_row,
-        "combine_staging": remote * combine_row if ranks_per_node > 1 else 0,
-        "combine_slots": remote * combine_row,
-    }
-    pages = {name: -(-size // 4096) * 4096 for name, size in expected.items()}
+    size = nodes * ranks_per_node
+    pages = arena_sections(config, size, ranks_per_node)
     assert plan.sections == pages
     assert plan.channels == channels
     used = channels * sum(pages.values())

@@ -114,21 +114,27 @@ def test_the_root_has_an_address_that_other_hosts_can_use() -> None:
         address_towards("no-such-host.invalid")
 
 
-def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Whoever finds the port, and says nothing, too little, or the wrong word, is not a rank."""
     answer = watch._answer
+    silent: list[socket.socket] = []
 
     def answer_strangers_first(
         server: socket.socket, *arguments: object, **named: object
     ) -> dict[int, socket.socket]:
-        for hello in (b"", b"x", bytes(20)):
+        for hello in (b"", b"x", bytes(watch._HELLO.size)):
             with socket.create_connection(server.getsockname()) as stranger:
                 stranger.sendall(hello)
+        silent.append(socket.create_connection(server.getsockname()))
         return answer(server, *arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(watch, "_answer", answer_strangers_first)
     for each in run_ranks(3, _start):
         each.leave()
+    refused = [record.message for record in caplog.records if "refused 127.0.0.1 port" in record.message]
+    assert sum("it is not one of the ranks that this rank watches" in each for each in refused) == 3
+    for each in silent:
+        each.close()
 
 
 def test_ranks_that_do_not_reach_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

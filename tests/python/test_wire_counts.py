@@ -2,71 +2,16 @@
 
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from formulas import Wire, row_bytes, wire_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_world import DEADLINE_S, Meeting, run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, Stats
-
-
-@dataclass(frozen=True)
-class Wire:
-    """What one rank writes in one round."""
-
-    writes: int = 0
-    bytes: int = 0
-    rows: int = 0
-
-    def __add__(self, other: "Wire") -> "Wire":
-        """Return the sum."""
-        return Wire(self.writes + other.writes, self.bytes + other.bytes, self.rows + other.rows)
-
-
-def _round_up(value: int) -> int:
-    return -(-value // 16) * 16
-
-
-def _row_bytes(config: AllToAllConfig) -> tuple[int, int]:
-    """Return the bytes of a dispatch row (token, ids, weights, payload, scales) and of a combine row."""
-    head = _round_up(4 + 4 * config.top_k + 4 * config.top_k)
-    payload = config.columns * config.dtype.itemsize + 4 * config.scale_columns
-    return head + _round_up(payload), config.hidden_size * config.combine_dtype.itemsize
-
-
-def _pair(rows: int, row_bytes: int, chunk_bytes: int, nics: int) -> Wire:
-    """Return what a pair costs: chunks of equal numbers of rows, at least one per NIC if rows suffice."""
-    if rows == 0:
-        return Wire(writes=1)
-    chunks = 1
-    while -(-rows // chunks) > 1 and (-(-rows // chunks) * row_bytes > chunk_bytes or chunks < nics):
-        chunks += 1
-    rows_per_chunk = -(-rows // chunks)
-    return Wire(-(-rows // rows_per_chunk), rows * row_bytes, rows)
-
-
-def _expected(
-    config: AllToAllConfig, ids: list[torch.Tensor], nodes: int, chunk_bytes: int, nics: int, rank: int
-) -> Wire:
-    """Return what ``rank`` writes in a round in which rank ``r`` routes its tokens by ``ids[r]``."""
-    ranks_per_node = len(ids) // nodes
-    placement = torch.tensor(config.placement(len(ids)))
-    node, index = divmod(rank, ranks_per_node)
-
-    def tokens_to(source: int, target_node: int) -> int:
-        target = torch.where(ids[source] >= 0, placement[ids[source].clamp(min=0)] // ranks_per_node, -1)
-        return int((target == target_node).any(dim=1).sum())
-
-    dispatch_row, combine_row = _row_bytes(config)
-    total = Wire()
-    for other in range(nodes):
-        if other != node:
-            total += _pair(tokens_to(rank, other), dispatch_row, chunk_bytes, nics)
-            total += _pair(tokens_to(other * ranks_per_node + index, node), combine_row, chunk_bytes, nics)
-    return total
 
 
 def _settled(all_to_all: AllToAll, writes: int) -> Stats:
@@ -148,7 +93,7 @@ def test_every_write_and_byte_is_accounted_for(
     config = AllToAllConfig(hidden, experts, top_k, max_tokens, dtype=dtype, scale_columns=scale_columns)
     ids = _random_ids(config, nodes * ranks_per_node, seed)
     measured = _measure(config, ids, nodes, chunk_bytes=chunk_bytes, nics_per_rank=nics)
-    expected = [_expected(config, ids, nodes, chunk_bytes, nics, rank) for rank in range(len(ids))]
+    expected = [wire_of(config, ids, nodes, chunk_bytes, nics, rank) for rank in range(len(ids))]
     assert [wire for wire, _ in measured] == expected
     for rank, (_, received) in enumerate(measured):
         # All writes to a rank come along its rail, so those of a rail are received on that rail.
@@ -167,7 +112,7 @@ def test_a_round_takes_two_writes_per_other_node(nodes: int, ranks_per_node: int
     for wire, received in _measure(config, ids, nodes, rounds=5):
         assert wire.writes == received == 2 * (nodes - 1)
         assert wire.rows == 2 * (nodes - 1) * tokens
-        assert wire.bytes == (nodes - 1) * tokens * sum(_row_bytes(config))
+        assert wire.bytes == (nodes - 1) * tokens * sum(row_bytes(config))
 
 
 def test_writes_do_not_depend_on_experts_and_top_k() -> None:

@@ -139,6 +139,8 @@ def run(case: Case, models: dict[str, Path], expected: list[list[int]], director
     with case.start(models[case.family], directory) as server:
         server.wait_until_healthy()
         assert_same_tokens(server.complete_all(), expected)
+        rounds = server.metrics()["efa_ep_rounds_total"]
+        assert set(rounds) == {(LAYOUTS[case.backend], str(rank)) for rank in range(case.ranks)}
     assert_rows_moved(case, directory / "stats")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("qwen3_moe", "qwen2_moe", "deepseek_v2", "mixtral")
@@ -113,6 +114,18 @@ class Server:
         """Complete all prompts at once, so that several ranks are busy."""
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
             return list(pool.map(self.complete, PROMPTS))
+
+    def metrics(self) -> dict[str, dict[tuple[str, ...], float]]:
+        """Return our samples on /metrics by name, then by the values of their sorted labels."""
+        with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=30) as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+        assert any(family.name.startswith("vllm:") for family in families), "vLLM's own metrics are gone"
+        samples: dict[str, dict[tuple[str, ...], float]] = {}
+        for sample in (sample for family in families for sample in family.samples):
+            if sample.name.startswith("efa_ep_"):
+                labels = tuple(value for _, value in sorted(sample.labels.items()))
+                samples.setdefault(sample.name, {})[labels] = sample.value
+        return samples
 
     def log_text(self) -> str:
         """Return the log so far."""

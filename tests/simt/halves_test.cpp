@@ -4,6 +4,7 @@
 
 #include <random>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda_world.h"
@@ -63,7 +64,7 @@ class Worlds : public testing::TestWithParam<std::tuple<uint32_t, uint32_t>> {};
 
 TEST_P(Worlds, RunTheirRounds) {
   const auto [nodes, ranks] = GetParam();
-  for (uint32_t turn = 0; turn < amount(6, 60); ++turn) {
+  for (uint32_t turn = 0; turn < amount(kSanitized ? 2 : 6, 60); ++turn) {
     const uint64_t seed = test_seed(100 * nodes + 10 * ranks + turn);
     const WorldConfig config = draw(nodes, ranks, turn, seed);
     CudaWorld(config, draw_options(seed)).run(plan_rounds(config));
@@ -75,7 +76,7 @@ TEST_P(Worlds, RunTheirRounds) {
 TEST_P(Worlds, OfCudaAndCpuRanksRunTheirRounds) {
   const auto [nodes, ranks] = GetParam();
   if (nodes * ranks == 1) GTEST_SKIP() << "one rank cannot be of two kinds";
-  for (uint32_t turn = 0; turn < amount(2, 20); ++turn) {
+  for (uint32_t turn = 0; turn < amount(kSanitized ? 1 : 2, 20); ++turn) {
     const uint64_t seed = test_seed(1000 + 100 * nodes + 10 * ranks + turn);
     const WorldConfig config = draw(nodes, ranks, turn, seed);
     CudaWorld(config, draw_options(seed), [](uint32_t rank) {
@@ -90,7 +91,28 @@ INSTANTIATE_TEST_SUITE_P(Nodes, Worlds,
                                          std::tuple{2, 1}, std::tuple{2, 2}, std::tuple{3, 2},
                                          std::tuple{4, 1}));
 
+// A release at system scope makes an SM wait for all its writes. The kernels make one per chunk, and one per
+// flag for a rank of the own node.
+TEST(Releases, AreOnePerChunkAndPair) {
+  for (const auto& [nodes, ranks] : {std::pair{1u, 4u}, std::pair{3u, 1u}, std::pair{3u, 2u}}) {
+    WorldConfig config = draw(nodes, ranks, 1, test_seed(9));
+    config.layout.channels = 1;
+    config.rounds = 2;
+    CudaWorld world(config, {});
+    const uint64_t before = simt::stats().system_releases;
+    world.run(plan_rounds(config));
+    const uint32_t other_rails =
+        nodes * (ranks - 1) + 1;  // the flags of a half: all pairs but the own rail's
+    uint64_t want = 2 * config.rounds * config.world() * other_rails;
+    for (uint32_t rank = 0; rank < config.world() && nodes > 1; ++rank) {
+      want += world.world().proxy(rank)->counters().writes;
+    }
+    EXPECT_EQ(simt::stats().system_releases - before, want);
+  }
+}
+
 TEST(LargeWorld, OfFourNodesWithFourRanksRunsItsRounds) {
+  if (kSanitized) GTEST_SKIP() << "more threads than ThreadSanitizer can follow";
   for (uint32_t turn = 0; turn < amount(1, 12); ++turn) {
     const uint64_t seed = test_seed(44 + turn);
     const WorldConfig config = draw(4, 4, turn, seed);

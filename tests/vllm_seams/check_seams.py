@@ -233,7 +233,8 @@ def main() -> None:
     """Run all checks."""
     choose_platform()
     communicators = (seams.CPU_COMMUNICATOR_SEAM, seams.CUDA_COMMUNICATOR_SEAM)
-    seams.require([*seams.CONFIG_SEAMS, *communicators, *seams.MOE_SEAMS, *seams.CPU_MOE_SEAMS])
+    cpu_seams = (*seams.CPU_MOE_SEAMS, *seams.CPU_RAY_SEAMS, *seams.RAY_ENGINE_SEAMS)
+    seams.require([*seams.CONFIG_SEAMS, *communicators, *seams.MOE_SEAMS, *cpu_seams])
     seams.require(seams.FAULT_TOLERANCE_SEAMS)
 
     register()

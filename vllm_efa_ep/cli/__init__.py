@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Protocol
 
-from vllm_efa_ep.cli import plan, settings
+from vllm_efa_ep.cli import bench, doctor, metrics, plan, settings, trace
 from vllm_efa_ep.errors import EfaEpError
 
 
@@ -22,7 +22,7 @@ class Command(Protocol):
 
 
 # A module imports torch, ray or a browser's worth of other things only inside run(): --help stays fast.
-COMMANDS: tuple[Command, ...] = (settings, plan)
+COMMANDS: tuple[Command, ...] = (settings, plan, doctor, bench, metrics, trace)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -71,22 +71,33 @@ def call(purpose: str, name: str, *arguments: Any) -> Any:
 
 @dataclass(frozen=True)
 class Gpu:
-    """An opened GPU, whose primary context is this thread's current one.
+    """An opened GPU.
 
     Attributes:
         ordinal: CUDA's number of it in this process.
         bus_id: Its PCI address.
         supports_dmabuf: Whether its memory can be exported as dma-buf, which NICs register.
+        context: Its primary context, the one that torch uses.
 
     """
 
     ordinal: int
     bus_id: str
     supports_dmabuf: bool
+    context: Any
+
+    def use(self) -> None:
+        """Make it this thread's current GPU; threads start with the first one."""
+        call(f"using GPU {self.ordinal}", "cuCtxSetCurrent", self.context)
+
+    def synchronize(self) -> None:
+        """Wait until all of its work is done, whoever launched it."""
+        self.use()
+        call(f"waiting for GPU {self.ordinal}", "cuCtxSynchronize")
 
 
 def open_gpu(ordinal: int) -> Gpu:
-    """Open a GPU and check that its memory can be shared with processes and NICs.
+    """Open a GPU, make it this thread's, and check that processes can share its memory.
 
     Raises:
         DeviceUnavailableError: No driver, no such GPU, or it lacks what the message names.
@@ -127,6 +138,7 @@ def open_gpu(ordinal: int) -> Gpu:
         ordinal,
         bus_id.split(b"\0")[0].decode(),
         supports_dmabuf=supports(attributes.CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED),
+        context=context,
     )
 
 

@@ -99,3 +99,23 @@ class CudaHalves:
     def wait_seconds(self) -> dict[str, float]:
         """Return nothing, as ``half_seconds``."""
         return {}
+
+    def half_buckets(self) -> dict[str, list[int]]:
+        """Return nothing, as ``half_seconds``."""
+        return {}
+
+    def wait_buckets(self) -> dict[str, list[int]]:
+        """Return nothing, as ``half_seconds``."""
+        return {}
+
+    def waited_for_seconds(self) -> list[float]:
+        """Return nothing, as ``half_seconds``."""
+        return []
+
+    def trace(self) -> list[dict[str, Any]]:
+        """Return nothing, as ``half_seconds``; the network's spans are the proxy's."""
+        return []
+
+    def dropped_spans(self) -> int:
+        """Nothing was kept, so nothing was replaced."""
+        return 0

@@ -27,14 +27,9 @@ class GpuMemory:
     """The memory of a rank on torch's current GPU, for one instance."""
 
     def __init__(self, settings: Settings) -> None:
-        """Open the GPU.
-
-        Raises:
-            DeviceUnavailableError: No driver, or the GPU lacks something that the message names.
-
-        """
+        """Choose this thread's GPU, which ``create`` opens: where it fails, the other ranks learn of it."""
         self._settings = settings
-        self._gpu = open_gpu(current_ordinal())
+        self._ordinal = current_ordinal()
         self.device = current_device()
         #: Entries of the ring of commands, a power of two.
         self._ring_commands = 1 << (settings.ring_commands - 1).bit_length()
@@ -43,11 +38,19 @@ class GpuMemory:
         self._cleanup = ExitStack()
 
     def create(self, size: int) -> DeviceArena:
-        """Allocate the arena."""
+        """Open the GPU, and allocate the arena.
+
+        Raises:
+            DeviceUnavailableError: No driver, or the GPU lacks something that the message names.
+            CudaError: The driver refuses.
+
+        """
+        self._gpu = open_gpu(self._ordinal)
         return DeviceArena.create(self._gpu, size)
 
     def map(self, descriptor: int, size: int) -> DeviceArena:
         """Map a local peer's arena."""
+        self._gpu.use()
         return DeviceArena.map(self._gpu, descriptor, size)
 
     def tensor(self, arena: DeviceArena, offset: int, size: int) -> torch.Tensor:
@@ -74,6 +77,7 @@ class GpuMemory:
 
     def register(self, fabric: _core.Fabric, arena: DeviceArena) -> None:
         """Register the arena with every NIC, by dma-buf if the driver exports one."""
+        self._gpu.use()
         dmabuf = arena.export_dmabuf()
         try:
             fabric.register_device_memory(arena.address, arena.bytes, dmabuf, self._gpu.ordinal)
@@ -121,8 +125,18 @@ class GpuMemory:
         """Kernels pack without asking the host, so there must be room for everything."""
         return capacity
 
+    def wait(self) -> None:
+        """Wait for the kernels, and thereby until all their commands are in the ring."""
+        self._gpu.synchronize()
+
+    def stop(self) -> None:
+        """Let no kernel wait for another rank any more, and wait for the kernels."""
+        if self._host is not None:
+            _core.cuda_stop(self._host.address)
+            self._gpu.synchronize()
+
     def close(self) -> None:
-        """Free all but the arena. Kernels of this instance must be done."""
+        """Free all but the arena, after ``stop``."""
         self._cleanup.close()
 
     def _host_block(self, layout: _core.Layout) -> PinnedMemory:

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
-from vllm_efa_ep.vllm_plugin import fault_tolerance, logger, seams
+from vllm_efa_ep.vllm_plugin import fault_tolerance, logger, metrics_endpoint, ray_patches, seams
 from vllm_efa_ep.vllm_plugin.backend_names import (
     BACKEND_NAMES,
     HIGH_THROUGHPUT,
@@ -47,6 +47,7 @@ def apply() -> None:
         _stand_in_for_known_backends()
         _wrap_communicator(communicator)
         fault_tolerance.watch_for_workers()
+        ray_patches.copy_settings()
     if chosen or failure:
         _wrap_engine_args(chosen, failure)
 
@@ -131,6 +132,8 @@ def _stand_in_for_known_backends() -> None:
     @functools.wraps(original)
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
         name = self.parallel_config.all2all_backend
+        if name in _STAND_INS:
+            metrics_endpoint.expose()
         self.parallel_config.all2all_backend = _STAND_INS.get(name, name)
         try:
             original(self, *args, **kwargs)
@@ -139,6 +142,8 @@ def _stand_in_for_known_backends() -> None:
                 self.parallel_config.all2all_backend = name
         if fault_tolerance.is_wanted(self.parallel_config):
             fault_tolerance.allow_our_backends()  # processes that are forked have it from here
+        if is_selected(self.parallel_config):
+            ray_patches.prepare(self)
 
     VllmConfig.__post_init__ = post_init
 

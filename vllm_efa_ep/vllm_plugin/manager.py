@@ -1,18 +1,16 @@
 """The object vLLM keeps for each EP group: it owns the ``AllToAll`` instances of its MoE layers."""
 
-from contextlib import suppress
 from typing import Any
 
 import torch
 from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
 
 from vllm_efa_ep.all_to_all import AllToAll, AllToAllConfig
-from vllm_efa_ep.bootstrap.torch import TorchBootstrap
+from vllm_efa_ep.bootstrap.choice import choose_bootstrap
 from vllm_efa_ep.config import Settings
-from vllm_efa_ep.errors import EfaEpError
+from vllm_efa_ep.metrics.snapshot import SnapshotWriter
 from vllm_efa_ep.vllm_plugin import logger
 from vllm_efa_ep.vllm_plugin.error_log import one_line_per_error, use_vllm_log
-from vllm_efa_ep.vllm_plugin.stats_file import StatsFile
 
 
 class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
@@ -32,14 +30,18 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
         use_vllm_log()
         self._settings = Settings.from_environment()
         self._all_to_alls: dict[AllToAllConfig, AllToAll] = {}
-        self.stats_file = StatsFile(self._settings.stats_dir, self.rank, self._all_to_alls.values())
+        self._snapshots = SnapshotWriter(
+            self._settings.stats_dir, self.rank, lambda: list(self._all_to_alls.values())
+        )
 
     def get_handle(self, kwargs: dict[str, Any]) -> AllToAll:
         """Return the ``AllToAll`` for these fields of ``AllToAllConfig``; collective when it is new."""
         config = AllToAllConfig(**kwargs)
         if config not in self._all_to_alls:
             with one_line_per_error():
-                self._all_to_alls[config] = AllToAll(config, TorchBootstrap(self.cpu_group), self._settings)
+                bootstrap = choose_bootstrap(self.cpu_group, self._settings)
+                logger.info("EFA EP: the ranks meet over %s", type(bootstrap).__name__)
+                self._all_to_alls[config] = AllToAll(config, bootstrap, self._settings)
             self._log_start(self._all_to_alls[config])
         return self._all_to_alls[config]
 
@@ -70,8 +72,7 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
 
     def close(self) -> None:
         """Write the last counters and close all connections; safe to repeat."""
-        with suppress(EfaEpError):  # an instance that failed has no counters any more
-            self.stats_file.write()
+        self._snapshots.close()
         for all_to_all in self._all_to_alls.values():
             all_to_all.close()
         self._all_to_alls.clear()

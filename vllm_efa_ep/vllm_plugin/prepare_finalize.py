@@ -194,7 +194,6 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
         def receive() -> None:
             with one_line_per_error():
                 all_to_all.combine_recv(current.handle, output)
-            self._manager.stats_file.write_if_due()
 
         return receive, _nothing_left
 

@@ -60,6 +60,7 @@ CONFIG_SEAMS = (
     Seam("vllm.engine.arg_utils", "_compute_kwargs.cache_clear"),
     Seam("vllm.engine.arg_utils", "EngineArgs.__init__", ("all2all_backend",)),
     Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",)),
+    Seam("vllm.ray.ray_env", "DEFAULT_ENV_VAR_PREFIXES"),
 )
 """Used by ``config_patches``, in every vLLM process."""
 
@@ -148,6 +149,28 @@ CPU_MOE_SEAMS = (
     Seam(f"{_MOE}.activation", "MoEActivation.SILU"),
 )
 """Used by ``moe_patches`` on the CPU platform."""
+
+RAY_ENGINE_SEAMS = (
+    Seam("vllm.v1.engine.utils", "CoreEngineActorManager.monitor_engine_liveness", ("self",)),
+    Seam("vllm.v1.engine.utils", "CoreEngineActorManager.shutdown", ("self",)),
+)
+"""Used by ``ray_patches`` for data-parallel engines on Ray."""
+
+CPU_RAY_SEAMS = (
+    Seam("vllm.platforms.interface", "Platform.ray_device_key"),
+    Seam("vllm.v1.executor.ray_executor_v2", "RayExecutorV2._init_executor", ("self",)),
+    Seam("vllm.v1.executor.ray_executor_v2", "RayWorkerProc"),
+)
+"""Used by ``cpu_ray_executor``."""
+
+
+def platform_seams() -> tuple[Seam, ...]:
+    """Return every seam that the plugin uses on vLLM's current platform."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return (*CONFIG_SEAMS, CPU_COMMUNICATOR_SEAM, *MOE_SEAMS, *CPU_MOE_SEAMS)
+    return (*CONFIG_SEAMS, CUDA_COMMUNICATOR_SEAM, *MOE_SEAMS)
 
 
 def problems(seams: Iterable[Seam]) -> list[str]:

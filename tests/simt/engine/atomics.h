@@ -52,7 +52,7 @@ inline void store(T* p, T value, Scope scope) {
   check_align(p, sizeof(T));
   check_scope(p, scope);
   preempt_point();
-  if (!has_release(Order)) note_relaxed_store(p);
+  has_release(Order) ? note_release(scope) : note_relaxed_store(p);
   __atomic_store(p, &value, Order);
 }
 
@@ -63,7 +63,7 @@ inline void before_rmw(T* p, Scope scope) {
   check_align(p, sizeof(T));
   check_scope(p, scope);
   preempt_point();
-  if (!has_release(Order)) note_relaxed_store(p);
+  has_release(Order) ? note_release(scope) : note_relaxed_store(p);
 }
 
 template <int Order, class T>

@@ -137,6 +137,7 @@ inline unsigned __activemask() { ::simt::die("__activemask() depends on the sche
 
 // ---- integer intrinsics and read-only loads ----------------------------------------------------
 
+inline unsigned max(unsigned a, unsigned b) { return a < b ? b : a; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(static_cast<unsigned>(v)) : 32; }

@@ -106,10 +106,15 @@ void note_relaxed_store(const void* p) {
   if (clocks->release_gpu && !foreign_range(p)) with_clock(clocks->release_gpu, publish);
 }
 
+void note_release(Scope scope) {
+  if (scope == Scope::sys && in_kernel()) current_block()->worker->stats.system_releases++;
+}
+
 void fence(bool acquire, bool release, Scope scope) {
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
   if (!in_kernel()) return;
   preempt_point();
+  if (release) note_release(scope);
   if (!g_tsan) return;
   FenceClocks* clocks = fence_clocks(current_fiber());
   if (acquire && clocks->loaded) {

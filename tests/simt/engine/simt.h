@@ -92,6 +92,7 @@ enum class Scope : uint8_t { cta, gpu, sys };
 void check_scope(const void* p, Scope scope);  // dies on a too narrow scope
 void note_load(const void* p, uint64_t value, bool relaxed);
 void note_relaxed_store(const void* p);
+void note_release(Scope scope);
 void fence(bool acquire, bool release, Scope scope);
 
 inline void check_align(const void* p, size_t align) {
@@ -129,6 +130,7 @@ void host_thread_checkpoint();
 
 struct Stats {
   uint64_t switches, spins, barriers, exchanges, fibers, idle_sleeps;
+  uint64_t system_releases;  // by kernels: release stores, read-modify-writes and fences
 };
 Stats stats();
 

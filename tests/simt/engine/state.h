@@ -137,8 +137,8 @@ struct Block {
   NamedBarrier barriers[kNamedBarriers];
   SharedMemory shared;
   AsyncEngine async;
-  uint32_t next = 0;   // where the round robin goes on
-  uint32_t spins = 0;  // yields by polling threads since something else happened
+  uint32_t next = 0;             // where the round robin goes on
+  uint32_t spins = 0;            // yields by polling threads since something else happened
   uint32_t spins_this_turn = 0;  // since other blocks ran
   bool progress = false;
 };

@@ -356,6 +356,7 @@ Stats stats() {
     total.barriers += w->stats.barriers;
     total.exchanges += w->stats.exchanges;
     total.fibers += w->stats.fibers;
+    total.system_releases += w->stats.system_releases;
     total.idle_sleeps += w->stats.idle_sleeps;
   }
   return total;

@@ -1,0 +1,41 @@
+"""Pictures of the benchmark's report for people who look at documentation; none of them is committed.
+
+    python docs/screenshots.py efa_ep_bench/bench.html build/screenshots
+
+Needs Debian's chromium and chromium-driver, and selenium, as the tests do.
+"""
+
+import argparse
+from pathlib import Path
+
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+
+
+def main() -> None:
+    """Write the whole page, and each plot by itself."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("directory", type=Path)
+    arguments = parser.parse_args()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    options = ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    # Chromium refuses to run as root with its sandbox; the page is our own.
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1280,900"):
+        options.add_argument(argument)
+    browser = Chrome(options, Service("/usr/bin/chromedriver"))
+    try:
+        browser.get(arguments.report.resolve().as_uri())
+        for figure in browser.find_elements(By.TAG_NAME, "figure"):
+            figure.screenshot(str(arguments.directory / f"{figure.get_attribute('id')}.png"))
+        browser.set_window_size(1280, browser.execute_script("return document.documentElement.scrollHeight"))
+        browser.save_screenshot(str(arguments.directory / "report.png"))
+    finally:
+        browser.quit()
+    print(*sorted(path.name for path in arguments.directory.glob("*.png")))
+
+
+if __name__ == "__main__":
+    main()

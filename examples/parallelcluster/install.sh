@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Once, on a compute node of the cluster (srun --partition p5en --pty bash): vLLM and vllm-efa-ep in /shared/vllm.
+# REPOSITORY is a checkout of this repository.
+set -euo pipefail
+
+repository=${REPOSITORY:?a checkout of vllm-efa-ep}
+python3 -m venv /shared/vllm
+/shared/vllm/bin/pip install 'vllm>=0.32,<0.34' 'ray[default]>=2.50'
+# The EFA installer's headers and nvcc are found in /opt/amazon/efa and on the PATH.
+PATH=/usr/local/cuda/bin:$PATH /shared/vllm/bin/pip install "$repository"
+/shared/vllm/bin/vllm-efa-ep doctor --require-efa

@@ -1,0 +1,121 @@
+"""The manifests are what Kubernetes and the operators accept, and no pod has a privilege."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from example_files import EXAMPLES, RunTool
+from manifests import PodTemplate, image_file, objects, pods
+
+from vllm_efa_ep.doctor.instances import INSTANCES
+
+KUBERNETES = "1.34"  # of cluster.yaml
+CUSTOM = {"LeaderWorkerSet": "leaderworkerset", "RayJob": "rayjob", "ClusterConfig": "clusterconfig"}
+PODS = pods()
+SERVING = [pod for pod in PODS if "nodeSelector" in pod.spec]
+
+
+def schema(kind: str) -> dict[str, Any]:
+    """Return the schema of a custom resource."""
+    path = Path(__file__).parent / "schemas" / f"{CUSTOM[kind]}.json"
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def cluster() -> dict[str, Any]:
+    """Return eksctl's configuration."""
+    found: dict[str, Any] = yaml.safe_load((EXAMPLES / "eks" / "cluster.yaml").read_text())
+    return found
+
+
+def refused(run_tool: RunTool, directory: Path, found: list[dict[str, Any]]) -> str:
+    """Return what Kubernetes' own schemas have against objects, or an empty string."""
+    paths = []
+    for number, item in enumerate(found):
+        paths.append(directory / f"{number}.yaml")
+        paths[-1].write_text(yaml.safe_dump(item))
+    result = run_tool("kubernetes-validate", "--strict", "-k", KUBERNETES, *paths)
+    return "" if result.returncode == 0 else result.stdout + result.stderr
+
+
+def test_kubernetes_accepts_every_object_and_pod(run_tool: RunTool, tmp_path: Path) -> None:
+    """Strictly: no field that it does not know. Pods of custom resources are tried as pods."""
+    built_in = [item for _, item in objects() if item["kind"] not in CUSTOM]
+    assert {"Service", "Job", "Deployment"} <= {item["kind"] for item in built_in}
+    assert refused(run_tool, tmp_path, [*built_in, *(pod.as_pod() for pod in PODS)]) == ""
+
+
+def test_kubernetes_refuses_a_misspelt_field(run_tool: RunTool, tmp_path: Path) -> None:
+    """Protects the test above against a tool that accepts all."""
+    pod = copy.deepcopy(PODS[0].as_pod())
+    pod["spec"]["containers"][0]["securityContexts"] = {}
+    assert "securityContexts" in refused(run_tool, tmp_path, [pod])
+
+
+def test_the_operators_accept_their_objects() -> None:
+    """LeaderWorkerSet, KubeRay and eksctl, by schemas that allow only what the examples should use."""
+    custom = [item for _, item in objects() if item["kind"] in CUSTOM] + [cluster()]
+    assert {item["kind"] for item in custom} == set(CUSTOM)
+    for item in custom:
+        jsonschema.validate(item, schema(item["kind"]))
+        misspelt = {**item, "specs": {}}
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(misspelt, schema(item["kind"]))
+
+
+@pytest.mark.parametrize("pod", PODS, ids=lambda pod: pod.where)
+def test_no_pod_is_privileged_or_root(pod: PodTemplate) -> None:
+    """No root, no capability, no way to more, nothing of the host's but devices that plugins hand over."""
+    user = pod.spec["securityContext"]
+    assert user["runAsNonRoot"] is True
+    assert user["runAsUser"] > 0
+    assert user["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in pod.spec["containers"] + pod.spec.get("initContainers", []):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.spec.keys()
+    assert not [volume for volume in pod.spec.get("volumes", []) if "hostPath" in volume]
+    assert pod.spec["automountServiceAccountToken"] is False
+
+
+def test_the_image_runs_as_a_user() -> None:
+    """The one that the pods name; they could otherwise not start."""
+    users = re.findall(r"^USER (\S+)", image_file().read_text(), re.MULTILINE)
+    assert users == [str(PODS[0].spec["securityContext"]["runAsUser"])]
+
+
+@pytest.mark.parametrize("pod", SERVING, ids=lambda pod: pod.where)
+def test_a_pod_takes_its_whole_node(pod: PodTemplate) -> None:
+    """All GPUs and EFA devices of the instance, and huge pages, which ask for cpu and memory beside them."""
+    instance = INSTANCES[pod.spec["nodeSelector"]["node.kubernetes.io/instance-type"]]
+    resources = pod.spec["containers"][0]["resources"]
+    assert resources["requests"] == resources["limits"]
+    limits = resources["limits"]
+    assert limits["nvidia.com/gpu"] == str(instance.gpus)
+    assert limits["vpc.amazonaws.com/efa"] == str(instance.nics)
+    assert limits["hugepages-2Mi"] == "5120Mi"
+    assert {"cpu", "memory"} <= limits.keys()
+    assert any(mount["mountPath"] == "/dev/shm" for mount in pod.spec["containers"][0]["volumeMounts"])
+
+
+def test_the_nodes_have_what_the_pods_need() -> None:
+    """EFA, one zone, and a limit on pinned memory above any machine's memory."""
+    groups = [group for group in cluster()["managedNodeGroups"] if group.get("efaEnabled")]
+    assert groups
+    used = {pod.spec["nodeSelector"]["node.kubernetes.io/instance-type"] for pod in SERVING}
+    assert used == {group["instanceType"] for group in groups}
+    for group in groups:
+        assert len(group["availabilityZones"]) == 1
+        node = yaml.safe_load(group["overrideBootstrapCommand"])
+        assert (node["apiVersion"], node["kind"]) == ("node.eks.aws/v1alpha1", "NodeConfig")
+        limits = {
+            each["type"]: each for each in node["spec"]["containerd"]["baseRuntimeSpec"]["process"]["rlimits"]
+        }
+        assert limits["RLIMIT_MEMLOCK"]["soft"] == limits["RLIMIT_MEMLOCK"]["hard"] >= 1 << 50

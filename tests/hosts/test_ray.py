@@ -1,0 +1,56 @@
+"""Ranks on the nodes of a real Ray cluster, one node per host."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from network import hosts
+from ray_cluster import RayCluster, ray_cluster
+
+from vllm_efa_ep.bootstrap.run import Run
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
+def cluster(request: pytest.FixtureRequest) -> Iterator[RayCluster]:
+    """Hosts with Ray on each."""
+    with hosts(request.param) as machines, ray_cluster(machines, {"EFA_EP_PROVIDER": "tcp"}) as running:
+        yield running
+
+
+def test_rounds_on_hosts(cluster: RayCluster, tmp_path: Path) -> None:
+    """One rank per host, in the order of the hosts; and a rank that dies at the start is named."""
+    count = len(cluster.hosts)
+    with cluster.driver(tmp_path / "log", "play", "", "", str(count)) as driver:
+        assert sorted(driver.hear("hosts")) == [host.address for host in cluster.hosts]
+        results = driver.hear("result")
+        assert [each["rank"] for each in results] == list(range(count))
+        assert len({each["namespace"] for each in results}) == count
+        assert all(each["nodes"] == count and each["network_rows"] > 0 for each in results)
+        assert "rank 1" in driver.hear("error")
+
+
+def test_ranks_outlive_their_driver_and_strangers(cluster: RayCluster, tmp_path: Path) -> None:
+    """The driver is killed while the ranks start; the next one finds them and gets what they computed.
+
+    In between a stranger tries every door of the run.
+    """
+    run = Run.new()
+    arguments = (run.name, run.token.hex(), "2")
+    with cluster.driver(tmp_path / "first.log", "start", *arguments) as first:
+        assert first.hear("started")
+    with cluster.driver(tmp_path / "second.log", "restart", *arguments) as second:
+        refused = second.hear("refused")
+        assert sorted(refused) == sorted(
+            ["gather", "publish", "publish_once", "lookup", "renew", "leave", "result"]
+        )
+        result = refused.pop("result")
+        assert "pass the run's token" in result
+        for message in refused.values():
+            assert f"a stranger is not a member of run {run.name}" in message
+        results = second.hear("result")
+    winners = {each["winner"] for each in results}
+    assert len(winners) == 1
+    assert winners <= {"0", "1"}
+    for each in results:
+        assert each["keys"] == ["0", "1"]
+        assert each["network_rows"] > 0

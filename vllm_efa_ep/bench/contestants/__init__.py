@@ -1,0 +1,1 @@
+"""Everything that can do a round and be timed doing it."""

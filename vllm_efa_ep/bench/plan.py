@@ -1,0 +1,93 @@
+"""What a benchmark run measures, as every rank of it learns it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm_efa_ep.bench.contestants.contestant import Contestant
+from vllm_efa_ep.bench.contestants.gloo_allgather import GlooAllGather
+from vllm_efa_ep.bench.contestants.gloo_alltoall import GlooAllToAll
+from vllm_efa_ep.bench.contestants.ours import Ours, OursElsewhere
+from vllm_efa_ep.bench.measure import Effort
+from vllm_efa_ep.bench.problem import FORMATS, Cell
+from vllm_efa_ep.errors import ConfigurationError
+
+OPPONENTS = ("ordinary-tensors", "gloo-agrs", "gloo-a2a", "mpi")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The grid of cells and how each is measured.
+
+    Attributes:
+        hidden: Hidden sizes.
+        dtypes: Names of ``problem.FORMATS``.
+        tokens: Tokens per rank.
+        experts: Experts of the layer.
+        top_k: Experts per token.
+        against: Names of ``OPPONENTS``.
+        effort: Rounds and iterations of a cell.
+        seed: Of the inputs and routes.
+        ranks_per_node: As ``EFA_EP_RANKS_PER_NODE``.
+
+    """
+
+    hidden: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    tokens: tuple[int, ...]
+    experts: int
+    top_k: int
+    against: tuple[str, ...]
+    effort: Effort
+    seed: int
+    ranks_per_node: int
+
+    @property
+    def needs_mpi(self) -> bool:
+        """Whether the ranks must be mpirun's."""
+        return "mpi" in self.against
+
+    def check(self) -> None:
+        """Raise ``ConfigurationError`` for what no world can measure."""
+        for option, given, known in (
+            ("--against", self.against, OPPONENTS),
+            ("--dtype", self.dtypes, tuple(FORMATS)),
+        ):
+            for name in given:
+                if name not in known:
+                    raise ConfigurationError(f"{option} {name} is unknown; choose from {', '.join(known)}")
+        if self.effort.fewest < 1 or self.effort.warm_up < 0:
+            raise ConfigurationError("there must be at least one iteration, and no fewer than 0 to warm up")
+
+    def cells(self, world: int, ranks_per_node: int) -> Iterator[Cell]:
+        """Yield the cells of a world."""
+        for hidden in self.hidden:
+            for dtype in self.dtypes:
+                for tokens in self.tokens:
+                    yield Cell(world, ranks_per_node, hidden, dtype, tokens, self.experts, self.top_k)
+
+    def contestants(self) -> tuple[type[Contestant], ...]:
+        """Return who is measured, this package first."""
+        classes: dict[str, type[Contestant]] = {
+            "ordinary-tensors": OursElsewhere,
+            "gloo-agrs": GlooAllGather,
+            "gloo-a2a": GlooAllToAll,
+        }
+        if self.needs_mpi:  # mpi4py starts MPI when it is imported
+            from vllm_efa_ep.bench.contestants.mpi_alltoallv import MpiAllToAllv
+
+            classes["mpi"] = MpiAllToAllv
+        return (Ours, *(classes[name] for name in self.against))
+
+    def to_json(self) -> str:
+        """Return the plan for another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Return the plan of ``to_json``."""
+        values: dict[str, Any] = json.loads(text)
+        values["effort"] = Effort(**values["effort"])
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**(values | lists))
