@@ -22,6 +22,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "contributing.md": at_the_root("CONTRIBUTING.md"),
         "reference/cli.md": "\n".join(command_line()),
     }
+    examples = REPOSITORY / "examples"
+    for linked in (*examples.glob("*/README.md"), *examples.glob("grafana/*.json")):
+        name = str(linked.relative_to(REPOSITORY))
+        generated[name] = at_the_root(name).replace("](../../docs/", "](../../")
     for path, content in generated.items():
         files.append(File.generated(config, path, content=content))
     listed = set(pages_of(config.nav))
