@@ -1,5 +1,6 @@
 #include "memory/arena.h"
 
+#include <fcntl.h>
 #include <linux/memfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -14,6 +15,8 @@
 
 namespace efa_ep {
 namespace {
+
+constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 
 ConfigurationError failure(const std::string& what, size_t bytes) {
   return ConfigurationError(
@@ -33,14 +36,16 @@ Arena Arena::create(size_t bytes) {
   const size_t size = allocated_bytes(bytes);
   // Huge pages are reserved at mmap time, so a machine without enough of them says so here and not later.
   for (const bool huge : {true, false}) {
-    const int descriptor =
-        memfd_create("efa_ep_arena", MFD_CLOEXEC | (huge ? MFD_HUGETLB | MFD_HUGE_2MB : 0u));
+    const int descriptor = memfd_create(
+        "efa_ep_arena", MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge ? MFD_HUGETLB | MFD_HUGE_2MB : 0u));
     if (descriptor < 0) {
       if (huge) continue;
       throw failure("creating shared memory", size);
     }
-    std::byte* data =
-        ftruncate(descriptor, static_cast<off_t>(size)) == 0 ? map_shared(descriptor, size) : nullptr;
+    // Sealed, since reading memory that its owner cut short would kill the reader.
+    const bool sized =
+        ftruncate(descriptor, static_cast<off_t>(size)) == 0 && fcntl(descriptor, F_ADD_SEALS, kSeals) == 0;
+    std::byte* data = sized ? map_shared(descriptor, size) : nullptr;
     if (data != nullptr) {
       if (!huge) madvise(data, size, MADV_HUGEPAGE);
       return Arena(data, size, descriptor, huge);
@@ -60,6 +65,13 @@ Arena Arena::map(int descriptor, size_t bytes) {
     throw ConfigurationError("a local peer's shared memory has " + std::to_string(status.st_size) +
                              " bytes, but " + std::to_string(size) +
                              " are needed; start all ranks with the same configuration");
+  }
+  const int seals = fcntl(descriptor, F_GET_SEALS);
+  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+    throw ConfigurationError(
+        "a local peer's shared memory can shrink under its readers (no F_SEAL_SHRINK); it was not made by "
+        "this "
+        "package: start all ranks with the same version");
   }
   std::byte* data = map_shared(descriptor, size);
   if (data == nullptr) throw failure("mapping a peer's shared memory", size);

@@ -21,7 +21,7 @@ class Arena {
   static Arena create(size_t bytes);
 
   /// Maps the region behind a file descriptor received from a local peer. The descriptor stays the caller's.
-  /// Throws ConfigurationError if the region is smaller than `bytes`.
+  /// Throws ConfigurationError if the region is smaller than `bytes`, or could become so.
   static Arena map(int descriptor, size_t bytes);
 
   Arena(Arena&& other) noexcept;

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -53,6 +54,15 @@ TEST(Arena, IsZeroFilledAndRoundedUp) {
     EXPECT_TRUE(
         std::all_of(arena.data(), arena.data() + arena.bytes(), [](auto b) { return b == std::byte{0}; }));
   }
+}
+
+TEST(Arena, CannotBeCutShortUnderItsReaders) {
+  const Arena arena = Arena::create(4096);
+  EXPECT_EQ(ftruncate(arena.descriptor(), 0), -1);
+  const int unsealed = memfd_create("efa_ep_unsealed", MFD_CLOEXEC);
+  ASSERT_EQ(ftruncate(unsealed, static_cast<off_t>(arena.bytes())), 0);
+  EXPECT_THROW(Arena::map(unsealed, 4096), ConfigurationError);
+  close(unsealed);
 }
 
 TEST(Arena, IsSharedThroughItsDescriptor) {

@@ -116,19 +116,18 @@ def test_the_root_has_an_address_that_other_hosts_can_use() -> None:
 
 def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Whoever finds the port, and says nothing, too little, or the wrong word, is not a rank."""
-    answer = watch._answer
+    listen_at = watch._listen_at
     silent: list[socket.socket] = []
 
-    def answer_strangers_first(
-        server: socket.socket, *arguments: object, **named: object
-    ) -> dict[int, socket.socket]:
+    def listen_to_strangers_first(address: str) -> socket.socket:
+        server = listen_at(address)
         for hello in (b"", b"x", bytes(watch._HELLO.size)):
             with socket.create_connection(server.getsockname()) as stranger:
                 stranger.sendall(hello)
         silent.append(socket.create_connection(server.getsockname()))
-        return answer(server, *arguments, **named)  # type: ignore[arg-type]
+        return server
 
-    monkeypatch.setattr(watch, "_answer", answer_strangers_first)
+    monkeypatch.setattr(watch, "_listen_at", listen_to_strangers_first)
     for each in run_ranks(3, _start):
         each.leave()
     refused = [record.message for record in caplog.records if "refused 127.0.0.1 port" in record.message]
