@@ -81,7 +81,7 @@ def rounds_until_a_host_is_lost(bootstrap: Bootstrap, tell: Tell) -> dict[str, A
 def idle_until_a_host_is_lost(bootstrap: Bootstrap, tell: Tell) -> dict[str, Any]:
     """Say nothing to anybody; return what the watch finds out by itself."""
     all_to_all = AllToAll(CONFIG, bootstrap)
-    watch = all_to_all._connection.watch  # type: ignore[union-attr]
+    watch = all_to_all._generations.current().connection.watch
     tell("idle")
     deadline = time.monotonic() + _LOST_SECONDS
     while watch.lost is None:
