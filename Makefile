@@ -3,6 +3,7 @@
 #   make demo    serve a small MoE model on two "nodes" of this machine and compare with one process
 #   make serve   the same, but leave the server running
 #   make test    all tests; make test-long adds the full matrices
+#   make mutation-test  plants bugs in the CUDA kernels, one at a time, and counts those that the tests find
 #   make fuzz    libFuzzer on all that ranks read of each other, FUZZ_SECONDS=60 per target; keeps its corpus
 #   make soak    worlds of real processes that come and go for SOAK_SECONDS=600, and leak and lose nothing
 #   make gpu-test  the rounds of the tests on this machine's GPUs (docs/gpu_test.md)
@@ -31,7 +32,7 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
 .PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python
-.PHONY: test-examples test-hosts test-serving gpu-test soak fuzz bench docs lint clean
+.PHONY: mutation-test test-examples test-hosts test-serving gpu-test soak fuzz bench docs lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -119,8 +120,18 @@ test-sanitizers: setup
 # The CUDA kernels on CPU fibers under ThreadSanitizer, each CUDA thread a thread to it, with random preemption.
 # clang's run time: gcc's takes ten times the memory. test-cpp and test-sanitizers run them plain and with addresses
 # checked.
+SIMT_THREAD := -DCMAKE_CXX_COMPILER=clang++-19 -DEFA_EP_TESTS=OFF -DEFA_EP_SIMT=ON -DEFA_EP_SANITIZE=thread
 test-simt: setup
-	$(call cpp_tests,simt,-DCMAKE_CXX_COMPILER=clang++-19 -DEFA_EP_TESTS=OFF -DEFA_EP_SIMT=ON -DEFA_EP_SANITIZE=thread,SIMT_CHAOS=6)
+	$(call cpp_tests,simt,$(SIMT_THREAD),SIMT_CHAOS=6)
+
+# Takes a quarter of an hour or more. MUTANTS=words of a name chooses some.
+mutation-test: setup
+	@echo "== mutation score of the CUDA kernels"
+	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-mutation -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_SIMT=ON > /dev/null
+	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-simt -G Ninja -DEFA_EP_MODULE=OFF $(SIMT_THREAD) > /dev/null
+	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-mutation
+	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-simt
+	@PATH=$(BIN):$$PATH $(BIN)/python -m tests.simt.mutation_score $(BUILD)/cpp-mutation $(BUILD)/cpp-simt --only "$(MUTANTS)"
 
 # Registers, spills and instructions of the kernels, on every architecture, where there is nvcc
 test-cuda-build: setup

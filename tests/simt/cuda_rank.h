@@ -261,8 +261,16 @@ class CudaRank {
   void register_memory() {
     const auto device = static_cast<int>(rank_);
     simt::register_range(workspace_->data(), workspace_->bytes(), simt::MemoryKind::device, device);
-    simt::register_range(world_.arena(rank_), world_.config().layout.total_bytes(), simt::MemoryKind::device,
-                         device);
+    const Layout& layout = world_.config().layout;
+    std::byte* arena = world_.arena(rank_);
+    // What the proxy and the ranks of the node write, and kernels of this rank wait for
+    simt::register_range(arena, layout.signal_bytes(), simt::MemoryKind::written_by_others, device);
+    for (uint32_t channel = 0; channel < layout.channels; ++channel) {
+      const size_t flags = layout.section_offset(channel, Section::kDispatchFlags);
+      simt::register_range(arena + flags, layout.section_offset(channel, Section::kRowLists) - flags,
+                           simt::MemoryKind::written_by_others, device);
+    }
+    simt::register_range(arena, layout.total_bytes(), simt::MemoryKind::device, device);
     simt::register_range(&host_, sizeof host_, simt::MemoryKind::host, device);
     simt::register_range(ring_.data(), ring_.size() * sizeof(cuda::RingEntry), simt::MemoryKind::host,
                          device);

@@ -164,5 +164,70 @@ TEST(Faults, MoreRowsThanARankMaySendAreRefused) {
   EXPECT_EQ(world.rank(0).error().rank, 1u);
 }
 
+TEST(Faults, MoreRowsThanASlotHasAreRefused) {
+  const WorldConfig config = small_config(2, 1);
+  CudaWorld world(config, impatient());
+  const Layout& layout = config.layout;
+  const auto round = Planner(config).plan();
+  world.rank(0).dispatch_send(0, round[0]);
+  world.rank(0).sync();
+  const uint64_t word = RoundWord{1, layout.max_tokens + 1}.encode();
+  std::memcpy(world.world().arena(0) + layout.arrival(0, Operation::kDispatch, 1), &word, sizeof word);
+  world.rank(0).dispatch_recv(0);
+  world.rank(0).sync();
+  EXPECT_EQ(world.rank(0).error().fault, Fault::kRowCount);
+  EXPECT_EQ(world.rank(0).error().rank, 1u);
+  EXPECT_EQ(world.rank(0).error().detail, layout.max_tokens + 1);
+}
+
+// The first expert that does not exist, in a row from another node and in one from the own.
+TEST(Faults, ARowThatNamesNoExpertIsRefused) {
+  for (const uint32_t nodes : {2u, 1u}) {
+    const WorldConfig config = small_config(nodes, 2 / nodes);
+    CudaWorld world(config, impatient());
+    const Layout& layout = config.layout;
+    const auto round = Planner(config).plan();
+    world.rank(0).dispatch_send(0, round[0]);
+    world.rank(0).sync();
+    const int32_t ids[kTopK] = {static_cast<int32_t>(config.experts()), 0};
+    const uint64_t word = RoundWord{1, 1}.encode();
+    if (nodes == 2) {
+      const size_t slots = layout.section_offset(0, Section::kDispatchSlots);
+      std::memcpy(world.world().arena(0) + slots + RowShape::ids_offset(), ids, sizeof ids);
+      std::memcpy(world.world().arena(0) + layout.arrival(0, Operation::kDispatch, 1), &word, sizeof word);
+    } else {
+      const size_t staged = layout.outgoing(0, Operation::kDispatch);
+      std::memcpy(world.world().arena(1) + staged + RowShape::ids_offset(), ids, sizeof ids);
+      std::memset(world.world().arena(1) + layout.row_list(0, 0, 0), 0, sizeof(uint32_t));
+      std::memcpy(world.world().arena(0) + layout.dispatch_flag(0, layout.block(0, 0, 1)), &word,
+                  sizeof word);
+    }
+    world.rank(0).dispatch_recv(0);
+    world.rank(0).sync();
+    EXPECT_EQ(world.rank(0).error().fault, Fault::kRowExpert) << nodes << " nodes";
+    EXPECT_EQ(world.rank(0).error().detail, ids[0]);
+  }
+}
+
+TEST(Faults, AnAnswerThatLiesOutsideTheResultsIsRefused) {
+  const WorldConfig config = small_config(1, 2);
+  CudaWorld world(config, impatient());
+  const Layout& layout = config.layout;
+  const auto round = Planner(config).plan();
+  for (const uint32_t rank : {0u, 1u}) world.rank(rank).dispatch_send(0, round[rank]);
+  for (const uint32_t rank : {0u, 1u}) world.rank(rank).dispatch_recv(0);
+  world.rank(0).combine_send(0);
+  for (const uint32_t rank : {0u, 1u}) world.rank(rank).sync();
+  uint64_t sent = 0;
+  std::memcpy(&sent, world.world().arena(1) + layout.dispatch_flag(0, layout.block(1, 0, 0)), sizeof sent);
+  const uint32_t rows = RoundWord::decode(sent).rows;
+  const uint64_t answer[2] = {sent, config.world() * layout.max_tokens - rows + 1};
+  std::memcpy(world.world().arena(0) + layout.result_flag(0, layout.block(0, 0, 1)), answer, sizeof answer);
+  world.rank(0).combine_recv(0);
+  world.rank(0).sync();
+  EXPECT_EQ(world.rank(0).error().fault, Fault::kRowCount);
+  EXPECT_EQ(world.rank(0).error().rank, 1u);
+}
+
 }  // namespace
 }  // namespace efa_ep

@@ -32,7 +32,7 @@ const Range* foreign_range(const void* p) {
   const auto address = reinterpret_cast<uintptr_t>(p);
   for (const Range& r : g_ranges) {
     if (address < r.begin || address >= r.end) continue;
-    const bool foreign = r.kind == MemoryKind::host || r.device != cur().device;
+    const bool foreign = r.kind != MemoryKind::device || r.device != cur().device;
     return foreign ? &r : nullptr;
   }
   return nullptr;
@@ -82,8 +82,11 @@ void unregister_ranges(int device) {
 void check_scope(const void* p, Scope scope) {
   if (scope == Scope::sys) return;
   if (const Range* r = foreign_range(p)) {
-    die("%s-scope synchronisation on %s memory of device %d", scope == Scope::gpu ? "gpu" : "cta",
-        r->kind == MemoryKind::host ? "host" : "peer", r->device);
+    const char* kind = r->kind == MemoryKind::host                ? "host"
+                       : r->kind == MemoryKind::written_by_others ? "shared"
+                                                                  : "peer";
+    die("%s-scope synchronisation on %s memory of device %d", scope == Scope::gpu ? "gpu" : "cta", kind,
+        r->device);
   }
 }
 

@@ -134,9 +134,10 @@ struct Stats {
 };
 Stats stats();
 
-// Registers memory with its owner. Synchronising on registered memory of another device, or on host
-// memory, with less than system scope is then a fatal error.
-enum class MemoryKind : uint8_t { device, host };
+// Registers memory with its owner. Synchronising on registered memory of another device, on host
+// memory, or on what others write, with less than system scope is then a fatal error. Where ranges
+// overlap, the first one counts.
+enum class MemoryKind : uint8_t { device, host, written_by_others };
 // While no kernel runs.
 void register_range(const void* p, size_t bytes, MemoryKind kind, int device);
 void unregister_ranges(int device);

@@ -1,0 +1,205 @@
+"""Plants the bugs of mutations.txt in the CUDA kernels, one at a time, and counts those that the tests find.
+
+Only kernels that contain the changed file are compiled again, with their commands of the given CMake trees,
+and linked before the library that has the right ones. A bug counts as found when a test fails, a kernel does
+not end, the engine objects, or ThreadSanitizer reports a race: first as the tests run in `make test-cpp`,
+then on random schedules, then under ThreadSanitizer as in `make test-simt`.
+
+Exit status 1: fewer than 95 % are found, or one that survives is not explained in the list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from tests.simt.mutations import ROOT, Mutation, read_mutations
+
+REQUIRED = 0.95
+SLACK = 3  # times that a program may run what it takes without a bug, and five seconds more
+
+
+@dataclass(frozen=True)
+class Run:
+    """One program of a stage: its name, the tests to run, and how to preempt: SIMT_CHAOS and SIMT_SEED."""
+
+    program: str
+    tests: str
+    chaos: int = 0
+    seed: int = 0
+
+
+STAGES: dict[str, list[Run]] = {
+    "tests": [
+        Run("simt_faults_test", "*"),
+        Run("simt_quantisation_test", "*"),
+        Run("simt_halves_test", "Nodes/Worlds.RunTheirRounds/*:Releases.*:Sets.*"),
+    ],
+    # Worlds of up to four ranks
+    "schedules": [
+        Run("simt_halves_test", "Nodes/Worlds.RunTheirRounds/[1-4]", chaos=3, seed=seed) for seed in (1, 2, 3)
+    ],
+    "threads": [Run("simt_halves_test", "Nodes/Worlds.RunTheirRounds/[134]:Releases.*", chaos=6)],
+}
+
+
+class Tree:
+    """A CMake tree with EFA_EP_SIMT=ON whose tests are built."""
+
+    def __init__(self, build: pathlib.Path, work: pathlib.Path) -> None:
+        """`work` is an empty directory for what is compiled."""
+        self._build = build
+        self._work = work
+        commands = json.loads((build / "compile_commands.json").read_text())
+        self._compile = {
+            pathlib.Path(entry["file"]): shlex.split(entry["command"])
+            for entry in commands
+            if "simt_kernels.dir" in entry["command"] and entry["file"].endswith(".cu")
+        }
+        self._includes = {source: self._headers(command) for source, command in self._compile.items()}
+
+    def _ninja(self, *arguments: str) -> str:
+        command = ["ninja", "-C", str(self._build), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def _headers(self, command: list[str]) -> set[pathlib.Path]:
+        listing = self._ninja("-t", "deps", command[command.index("-o") + 1])
+        return {pathlib.Path(line.strip()) for line in listing.splitlines() if line.startswith(" ")}
+
+    def compile(self, mutation: Mutation) -> list[str]:
+        """Compiles every kernel that contains the bug. Returns the object files."""
+        # Found before the right file by #include "cuda/...".
+        changed = self._work / mutation.file.relative_to(ROOT / "csrc")
+        changed.parent.mkdir(exist_ok=True)
+        changed.write_text(mutation.mutant())
+        objects = []
+        try:
+            for source, command in self._compile.items():
+                if source != mutation.file and mutation.file not in self._includes[source]:
+                    continue
+                target = str(self._work / f"{source.stem}.o")
+                arguments = [*command[1:-1], str(changed if source == mutation.file else source)]
+                arguments[arguments.index("-o") + 1] = target
+                subprocess.run([command[0], "-w", f"-I{self._work}", *arguments], check=True, cwd=self._build)
+                objects.append(target)
+        finally:
+            changed.unlink()
+        return objects
+
+    def link(self, program: str, objects: list[str]) -> pathlib.Path:
+        """Links a test program with these objects instead of the library's."""
+        target = self._work / program
+        line = self._ninja("-t", "commands", "-s", f"simt/{program}").strip().splitlines()[-1]
+        words = shlex.split(line.removeprefix(": && ").removesuffix(" && :"))
+        words[words.index("-o") + 1] = str(target)
+        library = words.index("simt/libsimt_kernels.a")
+        subprocess.run([*words[:library], *objects, *words[library:]], check=True, cwd=self._build)
+        return target
+
+
+def verdict(program: pathlib.Path, run: Run, seconds: float) -> str:
+    """Runs a program for at most `seconds`. Returns what it found, or nothing."""
+    environment = os.environ | {"SIMT_CHAOS": str(run.chaos), "SIMT_SEED": str(run.seed)}
+    environment |= {"TSAN_OPTIONS": "halt_on_error=1 symbolize=0", "GTEST_FAIL_FAST": "1", "SIMT_HANG": "5"}
+    command = [str(program), f"--gtest_filter={run.tests}"]
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end in {seconds:.0f} s"
+    if done.returncode == 0:
+        return ""
+    output = done.stdout + done.stderr
+    for pattern in (
+        r"ThreadSanitizer: (data race)",
+        r"simt: dev \d+ (kernel .*)",
+        r"simt: (?!workers)(.*)",
+        r"\[  FAILED  \] ([\w/.]+)",
+    ):
+        if found := re.search(pattern, output):
+            return re.sub(r" (block|thread) \d+( \(.*?\))?", "", found.group(1))[:80]
+    return f"exit status {done.returncode}"
+
+
+def time_limits(trees: dict[str, Tree]) -> dict[Run, float]:
+    """Runs everything without a bug. Raises RuntimeError if that fails."""
+    limits = {}
+    for stage, runs in STAGES.items():
+        for run in runs:
+            start = time.monotonic()
+            if found := verdict(trees[stage].link(run.program, []), run, 600):
+                raise RuntimeError(f"{run} fails without a bug: {found}")
+            limits[run] = 5 + SLACK * (time.monotonic() - start)
+    return limits
+
+
+def find(mutation: Mutation, trees: dict[str, Tree], limits: dict[Run, float]) -> tuple[str, str]:
+    """The stage that finds a bug, and what it says; two empty strings if all tests pass."""
+    compiled: dict[int, list[str]] = {}
+    for stage, runs in STAGES.items():
+        tree = trees[stage]
+        if id(tree) not in compiled:
+            compiled[id(tree)] = tree.compile(mutation)
+        for run in runs:
+            if found := verdict(tree.link(run.program, compiled[id(tree)]), run, limits[run]):
+                return stage, found
+    return "", ""
+
+
+def report(results: list[tuple[Mutation, str]]) -> int:
+    """Prints the survivors and the score. Returns the exit status."""
+    survivors = [mutation for mutation, stage in results if not stage]
+    for mutation in survivors:
+        print(f"\nsurvives: {mutation.name}\n  {mutation.survives or 'NOT EXPLAINED'}")
+    stages = Counter(stage for _, stage in results if stage)
+    found = len(results) - len(survivors)
+    print(f"\n{found} of {len(results)} mutants found ({found / len(results):.1%}): ", end="")
+    print(", ".join(f"{stages[stage]} by {stage}" for stage in STAGES))
+    good = found >= REQUIRED * len(results) and all(mutation.survives for mutation in survivors)
+    return 0 if good else 1
+
+
+def main() -> int:
+    """Command line: see --help."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plain", type=pathlib.Path, help="CMake tree of the tests")
+    parser.add_argument("thread", type=pathlib.Path, help="the same with EFA_EP_SANITIZE=thread")
+    parser.add_argument("--only", default="", help="mutants whose name contains this")
+    arguments = parser.parse_args()
+    mutations = [mutation for mutation in read_mutations() if arguments.only in mutation.name]
+    if not mutations:
+        parser.error(f"no mutation's name contains {arguments.only!r}")
+    results = []
+    with tempfile.TemporaryDirectory() as work:
+        trees = {}
+        for kind in ("plain", "thread"):
+            directory = pathlib.Path(work, kind)
+            directory.mkdir()
+            trees[kind] = Tree(getattr(arguments, kind).resolve(), directory)
+        by_stage = {"tests": trees["plain"], "schedules": trees["plain"], "threads": trees["thread"]}
+        limits = time_limits(by_stage)
+        for mutation in mutations:
+            start = time.monotonic()
+            stage, found = find(mutation, by_stage, limits)
+            seconds = time.monotonic() - start
+            line = f"{mutation.kind:8}{mutation.name:46}{stage or 'SURVIVES':10}{seconds:4.0f} s  {found}"
+            print(line.rstrip(), flush=True)
+            results.append((mutation, stage))
+    return report(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
