@@ -124,7 +124,7 @@ SIMT_THREAD := -DCMAKE_CXX_COMPILER=clang++-19 -DEFA_EP_TESTS=OFF -DEFA_EP_SIMT=
 test-simt: setup
 	$(call cpp_tests,simt,$(SIMT_THREAD),SIMT_CHAOS=6)
 
-# Takes a quarter of an hour or more. MUTANTS=words of a name chooses some.
+# Takes a quarter of an hour or more. MUTANTS=regular expression chooses by 'file: name'.
 mutation-test: setup
 	@echo "== mutation score of the CUDA kernels"
 	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-mutation -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_SIMT=ON > /dev/null

@@ -2,7 +2,9 @@
 // trap or send nonsense, and an instance that failed stays silent.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
+#include <cstring>
 #include <thread>
 
 #include "cuda_world.h"
@@ -227,6 +229,46 @@ TEST(Faults, AnAnswerThatLiesOutsideTheResultsIsRefused) {
   world.rank(0).sync();
   EXPECT_EQ(world.rank(0).error().fault, Fault::kRowCount);
   EXPECT_EQ(world.rank(0).error().rank, 1u);
+}
+
+// Rows may be overwritten when the network has read them, and no sooner: the last write counts as well. Here
+// one is made to look unfinished.
+TEST(Faults, ARoundEndsAfterItsLastWrite) {
+  for (const Operation operation : {Operation::kDispatch, Operation::kCombine}) {
+    const bool dispatch = operation == Operation::kDispatch;
+    const WorldConfig config = small_config(2, 1);
+    CudaWorld world(config, impatient());
+    const auto round = Planner(config).plan();
+    const auto run = [&](Half half) {
+      for (const uint32_t rank : {0u, 1u}) world.rank(rank).queue(half, 0, round[rank]);
+      for (const uint32_t rank : {0u, 1u}) world.rank(rank).sync();
+    };
+    run(Half::kDispatchSend);
+    run(Half::kDispatchRecv);
+    const uint64_t dispatched = world.world().proxy(0)->counters().writes;
+    if (!dispatch) {
+      run(Half::kCombineSend);
+      run(Half::kCombineRecv);
+    }
+    const uint64_t writes = world.world().proxy(0)->counters().writes - (dispatch ? 0 : dispatched);
+    std::byte* word = world.world().arena(0) + config.layout.completion(0, operation);
+    const std::atomic_ref done(*reinterpret_cast<uint64_t*>(word));
+    const Patience patience;
+    while (done.load(std::memory_order_acquire) != writes) {
+      patience.check();
+      std::this_thread::yield();
+    }
+    done.store(writes - 1, std::memory_order_release);
+    run(dispatch ? Half::kCombineSend : Half::kDispatchSend);
+    run(dispatch ? Half::kCombineRecv : Half::kDispatchRecv);
+    EXPECT_EQ(world.rank(0).error(),
+              (DeviceError{.fault = Fault::kTimeout,
+                           .half = dispatch ? cuda::Half::kCombineRecv : cuda::Half::kDispatchRecv,
+                           .channel = 0,
+                           .rank = 0,
+                           .round = dispatch ? 1u : 2u,
+                           .detail = 0}));
+  }
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ STAGES: dict[str, list[Run]] = {
     "schedules": [
         Run("simt_halves_test", "Nodes/Worlds.RunTheirRounds/[1-4]", chaos=3, seed=seed) for seed in (1, 2, 3)
     ],
-    "threads": [Run("simt_halves_test", "Nodes/Worlds.RunTheirRounds/[134]:Releases.*", chaos=6)],
+    "threads": [Run("simt_halves_test", "Nodes/Worlds.RunTheirRounds/[134]:Releases.*:Sets.*", chaos=6)],
 }
 
 
@@ -177,11 +177,11 @@ def main() -> int:
     )
     parser.add_argument("plain", type=pathlib.Path, help="CMake tree of the tests")
     parser.add_argument("thread", type=pathlib.Path, help="the same with EFA_EP_SANITIZE=thread")
-    parser.add_argument("--only", default="", help="mutants whose name contains this")
+    parser.add_argument("--only", default="", help="a regular expression: mutants with such a 'file: name'")
     arguments = parser.parse_args()
-    mutations = [mutation for mutation in read_mutations() if arguments.only in mutation.name]
+    mutations = [m for m in read_mutations() if re.search(arguments.only, f"{m.file.name}: {m.name}")]
     if not mutations:
-        parser.error(f"no mutation's name contains {arguments.only!r}")
+        parser.error(f"no mutation has a name like {arguments.only!r}")
     results = []
     with tempfile.TemporaryDirectory() as work:
         trees = {}
