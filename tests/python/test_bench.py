@@ -173,6 +173,14 @@ def test_a_run_over_any_bootstrap() -> None:
         )
 
 
+def test_a_machine_with_gpus_measures_the_tensors_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The problem's tensors are the CPU's, also where ``device="auto"`` would mean a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plan = replace(PLAN, tokens=(2,), dtypes=("bf16",))
+    (found,), _ = run_ranks(2, lambda bootstrap: measure_with(bootstrap, plan.to_json()))
+    assert len(found["contestants"]["ours"]["rounds_us"]) == 3
+
+
 def test_a_rank_that_fails_fails_the_run() -> None:
     """No half-filled table passes for a result."""
     with pytest.raises(RanksFailedError, match="process 0 ended"):
