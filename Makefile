@@ -193,7 +193,7 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	@git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/lint -G Ninja -DEFA_EP_TESTS=ON $(TEST_MODULE) > $(BUILD)/lint.log \
 	  || (cat $(BUILD)/lint.log; exit 1)
 	@git ls-files 'csrc/*.cpp' | xargs -P 2 -n 4 $(BIN)/clang-tidy --quiet -p $(BUILD)/lint

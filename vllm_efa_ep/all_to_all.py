@@ -28,6 +28,7 @@ from vllm_efa_ep.dispatched import Dispatched, OutputBuffers
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 from vllm_efa_ep.generation import Generation
 from vllm_efa_ep.memory_plan import MemoryPlan
+from vllm_efa_ep.nvtx import range_maker
 from vllm_efa_ep.placement import experts_of
 from vllm_efa_ep.rank_memory import resolve_device
 from vllm_efa_ep.recovery import Generations
@@ -90,6 +91,7 @@ class AllToAll:
         """
         settings = settings if settings is not None else Settings.from_environment()
         self.config = config
+        self._range = range_maker(settings)
         self._generations = Generations(config, bootstrap, settings, _must_agree(config, settings), returning)
         self.world = self._generations.current().world
         self.local_experts = experts_of(config.placement(self.world.size), self.world.rank)
@@ -193,18 +195,19 @@ class AllToAll:
             )
         if scales is not None:
             scales = checked("scales", scales, (tokens, config.scale_columns), (torch.float32,), self._device)
-        generation.call(
-            lambda device: device.dispatch_send(
-                channel,
-                x.data_ptr(),
-                x.stride(0) * x.itemsize,
-                scales.data_ptr() if scales is not None else 0,
-                topk_ids.data_ptr(),
-                topk_ids.dtype == torch.int64,
-                topk_weights.data_ptr(),
-                tokens,
+        with self._range("dispatch_send"):
+            generation.call(
+                lambda device: device.dispatch_send(
+                    channel,
+                    x.data_ptr(),
+                    x.stride(0) * x.itemsize,
+                    scales.data_ptr() if scales is not None else 0,
+                    topk_ids.data_ptr(),
+                    topk_ids.dtype == torch.int64,
+                    topk_weights.data_ptr(),
+                    tokens,
+                )
             )
-        )
         return Handle(channel, generation.start_round(channel), tokens, generation.membership.generation)
 
     def dispatch_recv(self, handle: Handle) -> Dispatched:
@@ -218,12 +221,13 @@ class AllToAll:
         """
         generation = self._in_flight(handle)
         buffers = self._buffers[handle.channel]
-        rows = generation.call(
-            lambda device: device.dispatch_recv(handle.channel, buffers.room, *buffers.addresses)
-        )
-        if rows > buffers.room:
-            buffers.grow(rows)
-            generation.call(lambda device: device.dispatch_pack(handle.channel, *buffers.addresses))
+        with self._range("dispatch_recv"):
+            rows = generation.call(
+                lambda device: device.dispatch_recv(handle.channel, buffers.room, *buffers.addresses)
+            )
+            if rows > buffers.room:
+                buffers.grow(rows)
+                generation.call(lambda device: device.dispatch_pack(handle.channel, *buffers.addresses))
         return buffers.views(rows)
 
     def combine_send(
@@ -260,9 +264,12 @@ class AllToAll:
             )
         expert_output = checked("expert_output", expert_output, shape, (config.combine_dtype,), self._device)
         applied = summed if weights_applied is None else weights_applied
-        generation.call(
-            lambda device: device.combine_send(handle.channel, expert_output.data_ptr(), per_slot, applied)
-        )
+        with self._range("combine_send"):
+            generation.call(
+                lambda device: device.combine_send(
+                    handle.channel, expert_output.data_ptr(), per_slot, applied
+                )
+            )
 
     def combine_recv(self, handle: Handle, out: torch.Tensor | None = None) -> torch.Tensor:
         """Wait for all results and write one row per dispatched token.
@@ -287,7 +294,8 @@ class AllToAll:
                 "out must be contiguous, since it is written in place; pass out.contiguous()"
             )
         address = out.data_ptr()
-        generation.call(lambda device: device.combine_recv(handle.channel, address))
+        with self._range("combine_recv"):
+            generation.call(lambda device: device.combine_recv(handle.channel, address))
         return out
 
     def dispatch(

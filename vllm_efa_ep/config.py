@@ -249,6 +249,15 @@ SETTINGS: tuple[Setting, ...] = (
         minimum=1,
         maximum=2**24,
     ),
+    Setting(
+        "EFA_EP_NVTX",
+        "nvtx",
+        "string",
+        "off",
+        "",
+        "`on`: the halves open NVTX ranges with their names, for Nsight Systems. Needs torch with CUDA.",
+        choices=("off", "on"),
+    ),
 )
 
 
@@ -275,6 +284,7 @@ class Settings:
     stats_dir: str = ""
     trace: str = ""
     trace_spans: int = 65536
+    nvtx: str = "off"
 
     @property
     def traced_spans(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.errors import RankExcludedError, RankTimeoutError
-from vllm_efa_ep.messages import integer, read_json
+from vllm_efa_ep.messages import integer, number, read_json
 
 _POLL_SECONDS = 0.005
 _MOST = 2**31  # generations and incarnations
@@ -47,17 +47,32 @@ class Membership:
         return cls(0, ranks_per_node, tuple(range(world_size)), (0,) * world_size)
 
     @classmethod
-    def decode(cls, text: str) -> "Membership":
-        """Read what ``encode`` wrote."""
-        return read_json(text, "the store", cls._of)
+    def decode(cls, text: str, generation: int, world_size: int) -> "Membership":
+        """Read what ``encode`` wrote.
+
+        Args:
+            text: What was written.
+            generation: Which generation it must be.
+            world_size: Of how many ranks.
+
+        Raises:
+            ConfigurationError: It is something else.
+
+        """
+        return read_json(text, "the store", lambda said: cls._of(said, generation, world_size))
 
     @classmethod
-    def _of(cls, said: Any) -> "Membership":
+    def _of(cls, said: Any, generation: int, size: int) -> "Membership":
         incarnations = tuple(integer(each, _MOST) for each in said["incarnations"])
-        size = len(incarnations)
         members = tuple(integer(rank, size) for rank in said["members"])
-        generation = integer(said["generation"], _MOST)
-        return cls(generation, integer(said["ranks_per_node"], size + 1), members, incarnations)
+        per_node = integer(said["ranks_per_node"], size + 1)
+        if len(incarnations) != size or per_node < 1 or size % per_node:
+            raise ValueError(f"{len(incarnations)} ranks in nodes of {per_node} are no world of {size}")
+        if list(members) != sorted({*members}):
+            raise ValueError(f"members {members!r:.40} do not ascend")
+        if integer(said["generation"], _MOST) != generation:
+            raise ValueError(f"it is not of generation {generation}")
+        return cls(generation, per_node, members, incarnations)
 
     def encode(self) -> str:
         """Return it as JSON."""
@@ -109,7 +124,7 @@ class Agreement:
                     text = self._bootstrap.publish_once(_mask(generation), proposed.encode())
                     break
             time.sleep(_POLL_SECONDS)
-        agreed = Membership.decode(text)
+        agreed = Membership.decode(text, generation, self._bootstrap.world_size)
         if not agreed.has(self._rank, incarnation):
             raise RankExcludedError(
                 f"the other ranks have gone on without rank {self._rank}: generation {generation} is ranks "
@@ -131,13 +146,17 @@ class Agreement:
         if text is None:
             found = {}
             for rank in {*range(self._bootstrap.world_size)} - {*current.members}:
-                incarnation = self._bootstrap.lookup(_returned(rank))
-                if incarnation is not None and int(incarnation) > current.incarnations[rank]:
-                    found[rank] = int(incarnation)
-            text = self._bootstrap.publish_once(key, json.dumps(found))
-        return read_json(
-            text, "the store", lambda said: {int(rank): integer(said[rank], _MOST) for rank in said}
-        )
+                text = self._bootstrap.lookup(_returned(rank))
+                if text is not None:
+                    incarnation = number(text, f"rank {rank}", _MOST)
+                    if incarnation > current.incarnations[rank]:
+                        found[rank] = incarnation
+            text = self._bootstrap.publish_once(key, json.dumps(list(found.items())))
+        return read_json(text, "the store", self._waiting)
+
+    def _waiting(self, said: Any) -> dict[int, int]:
+        size = self._bootstrap.world_size
+        return {integer(rank, size): integer(incarnation, _MOST) for rank, incarnation in said}
 
     def come_back(self, timeout_s: float) -> Membership:
         """Announce a new incarnation of this rank, and wait until a generation has it.
@@ -160,7 +179,7 @@ class Agreement:
                         0,
                     )
                 time.sleep(_POLL_SECONDS)
-            agreed = Membership.decode(text)
+            agreed = Membership.decode(text, generation, self._bootstrap.world_size)
             if agreed.has(self._rank, incarnation):
                 return agreed
             if agreed.incarnations[self._rank] >= incarnation:  # waited for, and given up
@@ -179,7 +198,7 @@ class Agreement:
             rank: self._bootstrap.lookup(_here(generation, rank))
             for rank in range(self._bootstrap.world_size)
         }
-        return {rank: int(incarnation) for rank, incarnation in found.items() if incarnation is not None}
+        return {rank: number(text, f"rank {rank}", _MOST) for rank, text in found.items() if text is not None}
 
 
 def _membership(current: Membership, here: Mapping[int, int], returning: Mapping[int, int]) -> Membership:

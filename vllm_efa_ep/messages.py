@@ -36,3 +36,13 @@ def integer(value: object, bound: int) -> int:
     if type(value) is not int or not 0 <= value < bound:
         raise ValueError(f"{value!r:.40} is not an integer from 0 to {bound - 1}")
     return value
+
+
+def number(text: str, sender: str, bound: int) -> int:
+    """Return the integer from 0 to ``bound - 1`` that a message consists of.
+
+    Raises:
+        ConfigurationError: It is none.
+
+    """
+    return read_json(text, sender, lambda said: integer(said, bound))

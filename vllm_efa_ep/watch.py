@@ -53,9 +53,10 @@ _KEEP_ALIVE_PARTS = 4
 class Watch:
     """One rank's connections to its neighbours, and a thread that listens to them."""
 
-    def __init__(self, rank: int, neighbours: dict[int, socket.socket]) -> None:
-        """Take over connections to other ranks' watches, by rank."""
+    def __init__(self, rank: int, size: int, neighbours: dict[int, socket.socket]) -> None:
+        """Take over connections to other ranks' watches, by rank, in a world of ``size``."""
         self._rank = rank
+        self._size = size
         self._neighbours = neighbours
         self._leaving: set[int] = set()
         self._lost: int | None = None
@@ -156,6 +157,14 @@ class Watch:
                 self._tell(rank, self._others(neighbour))
         elif rank == neighbour:
             self._leaving.add(rank)
+        elif rank >= self._size:
+            logger.error(
+                "EFA EP: rank %d says that rank %d is gone, in a world of %d: it counts as failed; run "
+                "the same version of vllm-efa-ep on every rank",
+                *(neighbour, rank, self._size),
+            )
+            self._lose(neighbour, neighbour)
+            return False
         else:
             self._lose(rank, neighbour)
         return True
@@ -265,7 +274,7 @@ def start_watch(
         cleanup.pop_all()
         if server is not None:
             server.close()
-    return Watch(world.rank, neighbours)
+    return Watch(world.rank, world.size, neighbours)
 
 
 def _root(listeners: dict[int, _Listener]) -> int:

@@ -229,7 +229,8 @@ void bind_signals(nb::module_& m) {
 }
 
 void bind_proxy(nb::module_& m) {
-  nb::class_<CommandSource>(m, "CommandSource");
+  // Only named here, so that others can derive from it.
+  const nb::class_<CommandSource> command_source(m, "CommandSource");
   nb::class_<Proxy>(m, "Proxy")
       .def(
           "__init__",

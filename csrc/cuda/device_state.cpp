@@ -136,8 +136,8 @@ std::vector<std::byte> workspace_image(const DeviceConfig& config, const DeviceM
     return static_cast<const std::byte*>(address) - memory.workspace;
   };
   std::memcpy(image.data(), &state, sizeof state);
-  std::memcpy(image.data() + offset(state.arenas), memory.arenas.data(),
-              memory.arenas.size() * sizeof(std::byte*));
+  std::memcpy(image.data() + offset(static_cast<const void*>(state.arenas)),
+              static_cast<const void*>(memory.arenas.data()), memory.arenas.size() * sizeof(std::byte*));
   std::vector<ExpertHome> homes;
   for (uint32_t expert = 0; expert < state.experts; ++expert) {
     const uint32_t owner = placement.owner(static_cast<int32_t>(expert));

@@ -21,16 +21,14 @@ enum Kind : uint32_t { kPing, kStream, kKinds };
 
 double seconds(Clock::duration time) { return std::chrono::duration<double>(time).count(); }
 
-/// One end of a measurement. The first `write_bytes` of its memory are the source of all its writes; behind
-/// them lies one target of that size for each rail.
+/// One end of a measurement. Its targets are not cleared, since the other end's first ping may be there
+/// already: what earlier sessions left differs by the session's part in the pattern. The first `write_bytes`
+/// of its memory are the source of all its writes; behind them lies one target of that size for each rail.
 class LinkEnd {
  public:
   LinkEnd(Fabric& fabric, std::span<std::byte> memory, const LinkPlan& plan)
       : fabric_(fabric), memory_(memory), plan_(plan), deadline_(Clock::now() + plan.timeout) {
     for (uint32_t i = 0; i < plan.write_bytes; ++i) memory_[i] = pattern(i, plan.starts);
-    // Nothing of this session but pings can have come already, and their bytes are not looked at.
-    std::ranges::fill(memory_.subspan(plan.write_bytes, fabric.rails() * size_t{plan.write_bytes}),
-                      std::byte{0});
   }
 
   /// Returns half of the median round trip.

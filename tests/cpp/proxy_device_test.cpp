@@ -4,6 +4,7 @@
 
 #include <sched.h>
 
+#include <atomic>
 #include <optional>
 
 #include "cuda/device_ring.h"
@@ -18,12 +19,15 @@ class ProxyDeviceTest : public ProxyTest {
   static constexpr uint32_t kCapacity = 4;
 
   ProxyDeviceTest() { proxy_options_.commands = &reader_; }
+  ~ProxyDeviceTest() override { proxy_.reset(); }  // its thread reads the ring
 
   /// What a kernel does, by the definition of the ring and not with the reader's code.
   void push(const Command& command) {
     const auto [first, second] = command.encode();
     const uint64_t parity = (head_ / kCapacity) % 2 == 0 ? 1 : 0;
-    ring_[head_ % kCapacity] = {first | parity, second | parity << 63};
+    cuda::RingEntry& entry = ring_[head_ % kCapacity];
+    std::atomic_ref(entry.first).store(first | parity, std::memory_order_release);
+    std::atomic_ref(entry.second).store(second | parity << 63, std::memory_order_release);
     ++head_;
   }
   /// One chunk of one dispatch row to node 1.

@@ -8,6 +8,7 @@ from manifests import image_file
 
 SCRIPTS = [
     EXAMPLES / "serve.sh",
+    EXAMPLES / "local" / "two_hosts.sh",
     EXAMPLES / "parallelcluster" / "install.sh",
     EXAMPLES / "parallelcluster" / "serve.sbatch",
 ]

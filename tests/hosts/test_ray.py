@@ -1,10 +1,13 @@
 """Ranks on the nodes of a real Ray cluster, one node per host."""
 
+import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from network import hosts
+from programs import DEADLINE_S, environment_on
 from ray_cluster import RayCluster, ray_cluster
 
 from vllm_efa_ep.bootstrap.run import Run
@@ -54,3 +57,38 @@ def test_ranks_outlive_their_driver_and_strangers(cluster: RayCluster, tmp_path:
     for each in results:
         assert each["keys"] == ["0", "1"]
         assert each["network_rows"] > 0
+
+
+def bench_on(cluster: RayCluster, tmp_path: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    """Run ``vllm-efa-ep bench --ray`` on the head of a cluster."""
+    cell = ("--tokens", "3", "--hidden", "256", "--experts", "16", "--iterations", "2", "--warm-up", "1")
+    command = ["vllm-efa-ep", "bench", "--ray", *cell, "--out", str(tmp_path), *options]
+    head = cluster.hosts[0]
+    return subprocess.run(
+        head.command(command),
+        env=environment_on(head, cluster.settings),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+
+
+def test_a_benchmark_on_hosts(cluster: RayCluster, tmp_path: Path) -> None:
+    """One rank per host is measured over the network between them; a rank's error ends the command."""
+    count = len(cluster.hosts)
+    measured = bench_on(cluster, tmp_path, "--ranks", str(count), "--against", "ordinary-tensors")
+    assert measured.returncode == 0, measured.stderr
+    (result,) = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert (result["cell"]["world"], result["start"]) == (count, 0)
+    assert result["barrier"] == "bootstrap"
+    assert list(result["contestants"]) == ["ours", "ours_elsewhere"]
+    ours = result["contestants"]["ours"]
+    assert len(ours["rounds_us"]) == 2
+    assert ours["per_round"]["bytes_written"] >= result["wire_floor_bytes"] > 0
+    assert ours["environment"]["provider"] in ("tcp", "net")  # net: tcp of libfabric 1
+
+    refused = bench_on(cluster, tmp_path / "refused", "--ranks", "2", "--experts", "7")
+    assert refused.returncode == 2
+    assert "vllm-efa-ep: rank" in refused.stderr
+    assert "7" in refused.stderr
+    assert not (tmp_path / "refused").exists()

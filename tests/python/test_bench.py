@@ -95,6 +95,39 @@ def test_an_impossible_plan_is_refused(change: dict[str, object], words: str) ->
         replace(PLAN, **change).check()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "environment", "words"),
+    [
+        (["--against", "gloo-a2a"], {}, "no process group"),
+        (["--against", "ordinary-tensors,mpi"], {}, "mpi cannot be measured with --ray"),
+        ([], {"RANK": "0", "WORLD_SIZE": "2"}, "leave out --ray"),
+    ],
+)
+def test_what_ranks_on_ray_cannot_do_is_refused(
+    options: list[str],
+    environment: dict[str, str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before a cluster is looked for."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["bench", "--ray", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_without_ray_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray is an extra; this machine alone must not pass for a cluster."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for module in ("bench.launch_on_ray", "bootstrap.ray_hosts", "bootstrap.ray"):
+        monkeypatch.delitem(sys.modules, f"vllm_efa_ep.{module}", raising=False)
+    assert main(["bench", "--ray"]) == 2
+    assert "vllm-efa-ep[ray]" in capsys.readouterr().err
+
+
 def test_a_cell_that_the_peers_cannot_do_is_refused() -> None:
     """Experts must divide among the ranks."""
     with pytest.raises(ConfigurationError, match="288 for 24"):
@@ -138,6 +171,14 @@ def test_a_run_over_any_bootstrap() -> None:
         run_ranks(
             2, lambda bootstrap: measure_with(bootstrap, replace(plan, against=("gloo-a2a",)).to_json())
         )
+
+
+def test_a_machine_with_gpus_measures_the_tensors_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The problem's tensors are the CPU's, also where ``device="auto"`` would mean a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plan = replace(PLAN, tokens=(2,), dtypes=("bf16",))
+    (found,), _ = run_ranks(2, lambda bootstrap: measure_with(bootstrap, plan.to_json()))
+    assert len(found["contestants"]["ours"]["rounds_us"]) == 3
 
 
 def test_a_rank_that_fails_fails_the_run() -> None:

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from vllm_efa_ep import diagnosis, watch
 from vllm_efa_ep.bootstrap.descriptors import DescriptorExchange
-from vllm_efa_ep.errors import ConfigurationError, EfaEpError, RankTimeoutError
+from vllm_efa_ep.bootstrap.key_gather import KeyGather
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError, RankExcludedError, RankTimeoutError
+from vllm_efa_ep.membership import Agreement, Membership
 from vllm_efa_ep.watch import start_watch
 from vllm_efa_ep.world import World, join_world
 
@@ -73,6 +75,10 @@ class _Conversation:
 
     def publish(self, key: str, value: str) -> None:
         """Keep nothing."""
+
+    def publish_once(self, key: str, value: str) -> str:
+        """Let what rank 1 has said stand."""
+        return self._reports.setdefault(key, value)
 
     def lookup(self, key: str) -> str | None:
         """Return what rank 1 reports."""
@@ -147,6 +153,89 @@ def test_reports(said: bytes) -> None:
     assert "rank" in reason
 
 
+def _text(said: bytes) -> str:
+    return said.decode(errors="replace")
+
+
+_PAYLOADS = st.lists(st.sampled_from(["", "AA==", "AAA=", "A"]) | _ANYTHING, min_size=1, max_size=3)
+
+
+@_EXAMPLES
+@given(said=_said(_PAYLOADS), rank=st.integers(0, 1))
+def test_gatherings(said: bytes, rank: int) -> None:
+    """A gathering over keys is one payload of every rank, whoever wrote it: one rank's, or all of them."""
+    keys = _Conversation(
+        reports={"gathering/1/all" if rank else f"gathering/1/{n}": _text(said) for n in (0, 1)}
+    )
+    try:
+        gathered = KeyGather(rank, 2, 1000.0).all_gather(keys, b"own")
+    except ConfigurationError:
+        return
+    assert len(gathered) == 2
+    assert all(type(payload) is bytes for payload in gathered)
+
+
+_MASKS = st.fixed_dictionaries(
+    {
+        "generation": st.just(1) | _ANYTHING,
+        "ranks_per_node": st.integers(0, 3) | _ANYTHING,
+        "members": st.lists(st.integers(-1, 2), max_size=3) | _ANYTHING,
+        "incarnations": st.lists(st.integers(-1, 2**31), min_size=1, max_size=3)
+        | st.just([0, 0])
+        | _ANYTHING,
+    }
+)
+
+
+@_EXAMPLES
+@given(said=_said(_MASKS))
+def test_masks(said: bytes) -> None:
+    """What stands as the next generation is one of this world and has this rank, or does not hold here."""
+    agreement = Agreement(_Conversation(reports={"mask/1": _text(said)}), 0.0)
+    try:
+        agreed = agreement.next(Membership.first(2, 1), frozenset, {})
+    except (ConfigurationError, RankExcludedError):
+        return
+    assert agreed.members in ((0,), (0, 1))
+    assert (agreed.generation, agreed.incarnations[0], len(agreed.incarnations)) == (1, 0, 2)
+    assert agreed.ranks_per_node in (1, 2)
+
+
+_INCARNATIONS = st.integers(-1, 2) | st.just(2**31) | _ANYTHING
+
+
+@_EXAMPLES
+@given(said=_said(_INCARNATIONS))
+def test_who_is_here(said: bytes) -> None:
+    """A rank is in the next generation in the incarnation it says, which is a number, or nobody agrees."""
+    reports = {"here/1/0": "0", "here/1/1": _text(said)}
+    try:
+        agreed = Agreement(_Conversation(reports=reports), 0.0).next(Membership.first(2, 1), frozenset, {})
+    except ConfigurationError:
+        return
+    assert agreed.incarnations == (0, json.loads(said))
+    assert agreed.members == (0, 1)
+
+
+_WAITING = st.lists(st.tuples(st.integers(-1, 2) | _ANYTHING, _INCARNATIONS), max_size=2)
+
+
+@_EXAMPLES
+@given(returned=st.none() | _said(_INCARNATIONS), found=st.none() | _said(_WAITING))
+def test_who_waits(returned: bytes | None, found: bytes | None) -> None:
+    """Who is let in is a rank of this world in an incarnation, from its own words or another member's."""
+    said = {"returned/1": returned, "waiting/0/7": found}
+    reports = {key: _text(words) for key, words in said.items() if words is not None}
+    try:
+        waiting = Agreement(_Conversation(reports=reports), 0.0).waiting(Membership(0, 1, (0,), (0, 0)), 7)
+    except ConfigurationError:
+        return
+    for rank, incarnation in waiting.items():
+        assert rank in (0, 1)
+        assert type(incarnation) is int
+        assert 0 <= incarnation < 2**31
+
+
 @_EXAMPLES
 @given(message=st.binary(max_size=40), index=st.none() | st.integers(0, 5), count=st.integers(0, 2))
 def test_descriptors(message: bytes, index: int | None, count: int) -> None:
@@ -179,7 +268,7 @@ class _EndedWatch(watch.Watch):
 
     def __init__(self, neighbours: dict[int, socket.socket]) -> None:
         self.ended = threading.Event()
-        super().__init__(0, neighbours)
+        super().__init__(0, 3, neighbours)
 
     def _hear(self, neighbour: int) -> bool:
         more = super()._hear(neighbour)
@@ -189,7 +278,12 @@ class _EndedWatch(watch.Watch):
 
 
 @_EXAMPLES
-@given(news=st.binary(max_size=12))
+@given(
+    news=st.binary(max_size=12)
+    | st.lists(st.integers(0, 4) | st.sampled_from([2**32 - 1]), max_size=3).map(
+        lambda ranks: struct.pack(f"!{len(ranks)}I", *ranks)
+    )
+)
 def test_news(news: bytes) -> None:
     """Whatever a neighbour says before its connection ends, its end is noticed, and somebody is named."""
     near, far = socket.socketpair()
@@ -197,6 +291,7 @@ def test_news(news: bytes) -> None:
     far.sendall(news)
     far.close()
     assert watched.ended.wait(30.0)
+    assert watched.gone <= {0, 1, 2}
     if struct.pack("!I", 1) not in [news[at : at + 4] for at in range(0, len(news), 4)]:
         with pytest.raises(EfaEpError):
             watched.check("dispatch_recv", 1, "waited")

@@ -11,7 +11,7 @@ from vllm_efa_ep.errors import RankExcludedError, RankTimeoutError
 from vllm_efa_ep.membership import Agreement, Membership
 from vllm_efa_ep.stand_in import servers
 
-_SOON_S = 0.2
+_SOON_S = 1.0
 _NEVER_S = 1000.0
 
 

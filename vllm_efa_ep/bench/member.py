@@ -28,10 +28,6 @@ def main() -> None:
     """Measure the plan of the command line; rank 0 prints one JSON object per cell."""
     plan = Plan.from_json(sys.argv[1])
     measure_with_torch(plan, lambda result: print(json.dumps(result, default=str), flush=True))
-    if not plan.needs_mpi:
-        # All is reported and closed. On a loaded machine, threads of native libraries that were still on
-        # their way out have ended exiting interpreters with std::terminate.
-        os._exit(0)
 
 
 def measure_with_torch(plan: Plan, report: Report) -> None:

@@ -14,6 +14,7 @@ from vllm_efa_ep.bench.problem import FORMATS, Cell
 from vllm_efa_ep.errors import ConfigurationError
 
 OPPONENTS = ("ordinary-tensors", "gloo-agrs", "gloo-a2a", "mpi")
+ON_ANY_BOOTSTRAP = ("ordinary-tensors",)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Plan:
     def needs_mpi(self) -> bool:
         """Whether the ranks must be mpirun's."""
         return "mpi" in self.against
+
+    def check_for_ray(self) -> None:
+        """Raise ``ConfigurationError`` for contestants that ranks on Ray cannot have."""
+        for name in self.against:
+            if name not in ON_ANY_BOOTSTRAP:
+                raise ConfigurationError(
+                    f"--against {name} cannot be measured with --ray, whose ranks have no process group of "
+                    f"torch and no MPI; leave it out, or launch with torchrun (mpi: on one machine)"
+                )
 
     def check(self) -> None:
         """Raise ``ConfigurationError`` for what no world can measure."""

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -23,12 +23,25 @@ def launched_from_outside() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run_here(plan: Plan, worlds: Sequence[int], starts: int) -> Document:
-    """Measure the plan for every world size, each in ``starts`` sets of fresh processes of this machine."""
+def run_worlds(
+    plan: Plan,
+    worlds: Sequence[int],
+    starts: int,
+    launch: Callable[[Plan, int], Iterable[CellResult]] = run_local,
+) -> Document:
+    """Measure the plan for every world size, each in ``starts`` sets of fresh processes.
+
+    Args:
+        plan: What to measure.
+        worlds: World sizes.
+        starts: How often each is started.
+        launch: Measures with a number of ranks; default: on this machine.
+
+    """
     with Session(plan, len(worlds) * starts, max(worlds)) as session:
         for start in range(starts):
             for world in worlds:
-                session.add_all(run_local(plan, world), start)
+                session.add_all(launch(plan, world), start)
     return session.document
 
 

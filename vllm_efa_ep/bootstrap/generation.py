@@ -12,7 +12,7 @@ class GenerationBootstrap:
         self._bootstrap = bootstrap
         self._prefix = f"generation/{generation}"
         self._position = position
-        self._gather = KeyGather(self, position, bootstrap.world_size, timeout_s)
+        self._gather = KeyGather(position, bootstrap.world_size, timeout_s)
 
     @property
     def rank(self) -> int:
@@ -31,11 +31,11 @@ class GenerationBootstrap:
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Gather over keys."""
-        return self._gather.all_gather(payload)
+        return self._gather.all_gather(self, payload)
 
     def give_up(self, reason: str) -> None:
         """Let the other positions fail at once instead of waiting for this one."""
-        self._gather.give_up(reason)
+        self._gather.give_up(self, reason)
 
     def publish(self, key: str, value: str) -> None:
         """Set a key of this generation."""

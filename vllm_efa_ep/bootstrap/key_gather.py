@@ -3,9 +3,10 @@
 import json
 import time
 from base64 import b64decode, b64encode
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm_efa_ep.errors import RankTimeoutError
+from vllm_efa_ep.messages import read_json
 
 _FIRST_POLL_SECONDS = 0.001
 _LONGEST_POLL_SECONDS = 0.02
@@ -30,47 +31,57 @@ class KeyGather:
     """One rank's part in gatherings that all of ``size`` ranks take part in, in the same order.
 
     Rank 0 collects and publishes all payloads at once, so that a gathering takes each rank two requests.
+
+    The keys come with each call: a bootstrap that owns its gatherings, and they it, would live until the
+    garbage collector finds the cycle, and a process group with it, as late as in the interpreter's end.
     """
 
-    def __init__(self, keys: Keys, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(self, rank: int, size: int, timeout_s: float) -> None:
         """Take part as ``rank``; a gathering waits for the others for at most ``timeout_s``."""
-        self._keys = keys
         self._rank = rank
         self._size = size
         self._timeout_s = timeout_s
         self._gatherings = 0
 
-    def all_gather(self, payload: bytes) -> list[bytes]:
+    def all_gather(self, keys: Keys, payload: bytes) -> list[bytes]:
         """Return every rank's payload, in rank order.
 
         Raises:
             RankTimeoutError: A rank did not come, or a rank gave up.
+            ConfigurationError: What a rank published is not what this version publishes.
 
         """
         self._gatherings += 1
         prefix = f"gathering/{self._gatherings}"
-        self._keys.publish(f"{prefix}/{self._rank}", b64encode(payload).decode())
+        keys.publish(f"{prefix}/{self._rank}", b64encode(payload).decode())
         deadline = time.monotonic() + self._timeout_s * (_PATIENCE if self._rank else 1)
         if self._rank == 0:
             try:
-                texts = [self._await(f"{prefix}/{rank}", rank, deadline) for rank in range(self._size)]
+                texts = [self._await(keys, f"{prefix}/{rank}", rank, deadline) for rank in range(self._size)]
             except RankTimeoutError as error:
-                self.give_up(str(error))
+                self.give_up(keys, str(error))
                 raise
-            self._keys.publish(f"{prefix}/all", json.dumps(texts))
+            gathered = json.dumps(texts)
+            keys.publish(f"{prefix}/all", gathered)
         else:
-            texts = json.loads(self._await(f"{prefix}/all", 0, deadline))
-        return [b64decode(text) for text in texts]
+            gathered = self._await(keys, f"{prefix}/all", 0, deadline)
+        return read_json(gathered, "a gathering over keys", self._payloads)
 
-    def give_up(self, reason: str) -> None:
+    def _payloads(self, said: Any) -> list[bytes]:
+        payloads = [b64decode(text, validate=True) for text in said]
+        if type(said) is not list or len(payloads) != self._size:
+            raise ValueError(f"{len(payloads)} payloads are not a list of {self._size}")
+        return payloads
+
+    def give_up(self, keys: Keys, reason: str) -> None:
         """Let nobody wait any more. What the first says who gives up is what all hear."""
-        self._keys.publish_once("gathering/ended", f"rank {self._rank}: {reason}")
+        keys.publish_once("gathering/ended", f"rank {self._rank}: {reason}")
 
-    def _await(self, key: str, rank: int, deadline: float) -> str:
+    def _await(self, keys: Keys, key: str, rank: int, deadline: float) -> str:
         pause_s = _FIRST_POLL_SECONDS
-        while (text := self._keys.lookup(key)) is None:
+        while (text := keys.lookup(key)) is None:
             what = f"the start on rank {self._rank} waited for rank {rank}"
-            if (reason := self._keys.lookup("gathering/ended")) is not None:
+            if (reason := keys.lookup("gathering/ended")) is not None:
                 raise RankTimeoutError(f"{what}, but it was given up by {reason}", "start", 0, (rank,))
             if time.monotonic() > deadline:
                 raise RankTimeoutError(f"{what} for {self._timeout_s:g} s", "start", 0, (rank,))

@@ -1,8 +1,10 @@
 """The hosts of a Ray cluster: what each of them has, and ranks placed on them."""
 
+import contextlib
+import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Thread
@@ -38,6 +40,27 @@ class RayHost:
     node_id: str
     address: str
     gpus: int
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Connect this process to the cluster of RAY_ADDRESS, or of this host, for the time of a ``with``.
+
+    Raises:
+        ConfigurationError: There is no such cluster.
+
+    """
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ConfigurationError(
+            f"there is no Ray cluster here ({error}); run `ray start --head` on one node, `ray start "
+            "--address=THAT_NODE:6379` on the others, or set RAY_ADDRESS"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def ray_hosts() -> list[RayHost]:

@@ -1,6 +1,8 @@
 """Bootstrap from a key-value store of torch alone: no process group, so a process may come at any time."""
 
+import atexit
 import socket
+import time
 from collections.abc import Callable
 from concurrent import futures
 from threading import Thread
@@ -13,6 +15,8 @@ from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 
 _Answer = TypeVar("_Answer")
 _ANSWER_SECONDS = 5.0
+# Threads of requests whose answer is still to come.
+_asking: set[Thread] = set()
 
 
 class StoreBootstrap:
@@ -29,7 +33,7 @@ class StoreBootstrap:
         self._store = PrefixStore(f"vllm_efa_ep/{name}", store)
         self._rank = rank
         self._world_size = world_size
-        self._gather = KeyGather(self, rank, world_size, gather_timeout_s)
+        self._gather = KeyGather(rank, world_size, gather_timeout_s)
 
     @property
     def rank(self) -> int:
@@ -52,7 +56,7 @@ class StoreBootstrap:
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Gather over keys."""
-        return self._gather.all_gather(payload)
+        return self._gather.all_gather(self, payload)
 
     def publish(self, key: str, value: str) -> None:
         """Set a key of the store."""
@@ -75,8 +79,12 @@ class StoreBootstrap:
                 answer.set_result(request())
             except RuntimeError as error:
                 answer.set_exception(error)
+            finally:
+                _asking.discard(thread)
 
-        Thread(target=run, name="efa_ep_store", daemon=True).start()
+        thread = Thread(target=run, name="efa_ep_store", daemon=True)
+        _asking.add(thread)
+        thread.start()
         try:
             error = answer.exception(_ANSWER_SECONDS)
         except futures.TimeoutError:
@@ -84,6 +92,19 @@ class StoreBootstrap:
         if error is not None:
             raise EfaEpError(f"the store of torch.distributed does not answer: {error}")
         return answer.result()
+
+
+@atexit.register
+def _await_answers() -> None:
+    """Give outstanding requests the time of an answer before the interpreter ends.
+
+    A thread that comes back from the store into an interpreter that is being finalised is ended by
+    ``pthread_exit``, inside torch's destructor that takes the lock again; that calls ``std::terminate``.
+    https://docs.python.org/3.11/c-api/init.html#c.PyEval_RestoreThread
+    """
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    for thread in tuple(_asking):
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def address_towards(host: str) -> str:

@@ -1,10 +1,16 @@
 """``vllm-efa-ep bench``: time dispatch and combine, compare runs, draw the report."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_efa_ep.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from vllm_efa_ep.bench.plan import Plan
+    from vllm_efa_ep.bench.results import Document
 
 NAME = "bench"
 HELP = "time dispatch and combine in any world"
@@ -26,7 +32,8 @@ def names(text: str) -> tuple[str, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--ranks", type=numbers, default=(2,), help="world sizes to start here, e.g. 2,4")
+    parser.add_argument("--ranks", type=numbers, default=(2,), help="world sizes to start, e.g. 2,4")
+    parser.add_argument("--ray", action="store_true", help="start them on the nodes of the Ray cluster")
     parser.add_argument(
         "--ranks-per-node", type=int, help="ranks that share memory; 1: every rank a node of its own"
     )
@@ -63,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         ConfigurationError: An option is out of bounds.
-        RanksFailedError: A rank ended with an error.
+        EfaEpError: A rank ended with an error; on this machine, a ``RanksFailedError``.
 
     """
     if options.action == "compare":
@@ -99,18 +106,38 @@ def _measure(options: argparse.Namespace) -> int:
         ranks_per_node=per_node,
     )
     plan.check()
-    if session.launched_from_outside():
+    if options.ray:
+        document = _measure_on_ray(plan, options.ranks, options.starts)
+    elif session.launched_from_outside():
         joined = session.run_as_rank(plan)
         if joined is None:
             return 0
         document = joined
     else:
-        document = session.run_here(plan, options.ranks, options.starts)
+        document = session.run_worlds(plan, options.ranks, options.starts)
     session.print_table(document)
     print(f"written: {session.write_json(document, options.out)}")
     write_report(document, options.out / REPORT_NAME)
     print(f"written: {options.out / REPORT_NAME}")
     return 0
+
+
+def _measure_on_ray(plan: "Plan", worlds: Sequence[int], starts: int) -> "Document":
+    from vllm_efa_ep.bench import session
+
+    plan.check_for_ray()
+    if session.launched_from_outside():
+        raise ConfigurationError(
+            "--ray starts the ranks itself, but RANK and WORLD_SIZE are set, as by torchrun; unset them, or "
+            "leave out --ray"
+        )
+    try:
+        from vllm_efa_ep.bench.launch_on_ray import run_ray
+        from vllm_efa_ep.bootstrap.ray_hosts import ray_cluster
+    except ImportError as error:
+        raise ConfigurationError(f"--ray needs Ray ({error}); `pip install 'vllm-efa-ep[ray]'`") from error
+    with ray_cluster():
+        return session.run_worlds(plan, worlds, starts, run_ray)
 
 
 def _compare(options: argparse.Namespace) -> int:

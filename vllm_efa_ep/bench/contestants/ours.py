@@ -35,6 +35,7 @@ class Ours(Contestant):
             dtype=cell.format.dispatch,
             combine_dtype=cell.format.combine,
             scale_columns=cell.scale_columns,
+            device=problem.inputs.x.device.type,
         )
         self._all_to_all = AllToAll(config, workplace.bootstrap, workplace.settings)
         self._x, self._expert_output = self._place()

@@ -1,14 +1,9 @@
 """Examines every node of a Ray cluster, from any of them."""
 
-import logging
-
-import ray
-
 from vllm_efa_ep.bootstrap import Bootstrap
-from vllm_efa_ep.bootstrap.ray_hosts import ray_hosts, run_on_ray
+from vllm_efa_ep.bootstrap.ray_hosts import ray_cluster, ray_hosts, run_on_ray
 from vllm_efa_ep.doctor.examination import Report, examine_cluster
 from vllm_efa_ep.doctor.system import this_system
-from vllm_efa_ep.errors import ConfigurationError
 
 _MEETING_SECONDS = 120.0
 
@@ -21,19 +16,10 @@ def examine_ray(timeout_s: float, efa_required: bool) -> Report:
         EfaEpError: A node failed to examine itself; the message names it.
 
     """
-    try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise ConfigurationError(
-            f"there is no Ray cluster to examine ({error}); run `ray start --head` on one node, `ray start "
-            "--address=THAT_NODE:6379` on the others, or set RAY_ADDRESS"
-        ) from error
-    try:
+    with ray_cluster():
         reports: list[Report] = run_on_ray(
             len(ray_hosts()), _examine_rank, (timeout_s, efa_required), start_timeout_s=_MEETING_SECONDS
         )
-    finally:
-        ray.shutdown()
     return reports[0]
 
 
