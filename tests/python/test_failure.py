@@ -244,6 +244,8 @@ def test_all_others_name_any_silent_rank(nodes: int, ranks_per_node: int, number
 
 
 def _wait_for_a_silent_rank(rank: Rank) -> dict[str, Any]:
+    # What a shell runs in the background ignores it, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config = AllToAllConfig(_ROW, 2, 2, _TOKENS)
     settings = settings_of(1, timeout_s=10 * DEADLINE_S)
     all_to_all = AllToAll(config, rank.bootstrap, settings)
