@@ -148,7 +148,7 @@ def test_an_old_incarnation_is_not_taken_for_the_new_one() -> None:
 
 def test_nobody_lets_the_rank_in() -> None:
     """It says so after its deadline."""
-    with pytest.raises(RankTimeoutError, match=r"rank 1 waited 0.2 s to be let in.*rejoin\(\)"):
+    with pytest.raises(RankTimeoutError, match=rf"rank 1 waited {_SOON_S:g} s to be let in.*rejoin\(\)"):
         Agreement(ThreadBootstrap(Rendezvous(2), 1), _NEVER_S).come_back(_SOON_S)
 
 
