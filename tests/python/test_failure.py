@@ -26,7 +26,7 @@ _NEVER = 100 * DEADLINE_S  # a deadline for those who must not need one
 _HALVES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 _WORLDS_AT_ONCE = 8
 # The nap of a waiting half gives the processor up each time; nothing else a half does comes close to this.
-_SWITCHES_OF_A_WAIT = 500
+_SWITCHES_OF_A_WAIT = 50
 
 
 @dataclass(frozen=True)
