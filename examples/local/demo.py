@@ -172,11 +172,22 @@ def compare(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> int
     return differing
 
 
+def settled_counters(directory: Path) -> list[dict[str, Any]]:
+    """Return the counters of each rank, which writes them four times a second, once they stand still."""
+    ranks: list[dict[str, Any]] = []
+    for _ in range(20):
+        before = ranks
+        time.sleep(0.5)
+        files = sorted(directory.glob("rank*.json"))
+        ranks = [each for path in files for each in json.loads(path.read_text())["all_to_alls"]]
+        if ranks and ranks == before and all(each["rounds"] for each in ranks):
+            return ranks
+    raise DemoError(f"the ranks wrote no counters to {directory}: the backend was not used")
+
+
 def show_traffic(directory: Path) -> None:
     """Print what each rank put on the network."""
-    ranks = [json.loads(path.read_text())["all_to_alls"][0] for path in sorted(directory.glob("rank*.json"))]
-    if not ranks:
-        raise DemoError(f"the ranks wrote no counters to {directory}: the backend was not used")
+    ranks = settled_counters(directory)
     say(f"  libfabric provider {ranks[0]['provider']} ({ranks[0]['library']}), {ranks[0]['nodes']} nodes")
     say("  rank  rounds  tokens  rows sent  bytes sent  writes  per round")
     for each in ranks:
