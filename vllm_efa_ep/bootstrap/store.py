@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from vllm_efa_ep.bootstrap.key_gather import KeyGather
-from vllm_efa_ep.errors import ConfigurationError, EfaEpError
+from vllm_efa_ep.errors import ConfigurationError, StoreLostError
 
 _Answer = TypeVar("_Answer")
 _ANSWER_SECONDS = 5.0
@@ -88,9 +88,12 @@ class StoreBootstrap:
         try:
             error = answer.exception(_ANSWER_SECONDS)
         except futures.TimeoutError:
-            error = EfaEpError(f"nothing for {_ANSWER_SECONDS:g} s")
+            error = TimeoutError(f"nothing for {_ANSWER_SECONDS:g} s")
         if error is not None:
-            raise EfaEpError(f"the store of torch.distributed does not answer: {error}")
+            raise StoreLostError(
+                f"the store of torch.distributed does not answer: {error}; its host (usually rank 0) is dead "
+                "or stuck. Restart all ranks; a store outside of them survives each of them"
+            )
         return answer.result()
 
 
