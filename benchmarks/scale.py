@@ -173,7 +173,9 @@ def plot(results: Sequence[Measured], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "scale"})  # small, and equal for equal results
+    mpl.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "scale"}
+    )  # small, and equal for equal results
     import matplotlib.pyplot as plt
 
     ranks = [each.ranks for each in results]
