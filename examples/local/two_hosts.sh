@@ -130,5 +130,8 @@ PYTHON
 if [[ ${1:-} == --keep ]]; then
   say "the server runs until Ctrl-C; from another shell:"
   echo "  sudo ip netns exec ${hosts[0]} curl http://${addresses[0]}:$port/v1/models"
-  wait "$server"
+  wait "$server" && exit
+  say "the server has ended; what the ranks said last:"
+  grep -h -o 'EFA EP: .*' "$work/server.log" | sort -u
+  exit 1
 fi
