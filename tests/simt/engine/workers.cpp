@@ -324,6 +324,7 @@ void launch_raw(stream_t s, dim3 grid, dim3 block, size_t dyn_smem, std::functio
   launch->num_blocks = blocks;
   hb_release(&launch->start);
   const bool first = s->queue.empty();
+  if (first && !s->finished.empty()) launch->previous_finished = &s->finished.back()->finished;
   s->queue.push_back(std::move(launch));
   if (first) dispatch_locked(s);
 }
