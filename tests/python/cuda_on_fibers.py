@@ -12,6 +12,7 @@ import importlib.util
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,8 +35,11 @@ def load_core(directory: Path) -> ctypes.CDLL:
     return library
 
 
-def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
-    """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library."""
+def fake_cuda(library: ctypes.CDLL, signals: str, stream: Callable[[], int] | None = None) -> None:
+    """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library.
+
+    ``stream`` returns the current one of a thread; by default each has its own.
+    """
     from fake_driver import FakeDriver
     from pci_trees import build, lines_of
 
@@ -45,10 +49,12 @@ def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
     FakeDriver().install()
     local = threading.local()
 
-    def current_stream() -> int:
+    def stream_of_thread() -> int:
         if not hasattr(local, "stream"):
             local.stream = library.simt_new_stream(0)
         return local.stream
+
+    current_stream = stream or stream_of_thread
 
     def synchronised(name: str) -> None:
         # What torch does with the tensors next would wait in the same stream.

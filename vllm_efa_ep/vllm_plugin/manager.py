@@ -70,6 +70,13 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
                 all_to_all.mask()
         self._last_mask = self.query_active_mask()
 
+    def max_sms_used(self) -> int:
+        """Return 0: micro-batches share a stream, and no half occupies the GPU while data flies.
+
+        So there is nothing that vLLM should leave SMs for when two micro-batches overlap.
+        """
+        return 0
+
     def close(self) -> None:
         """Write the last counters and close all connections; safe to repeat."""
         self._snapshots.close()
