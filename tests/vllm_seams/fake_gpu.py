@@ -171,5 +171,7 @@ def _quantize_fp4(
     scale = (blocks.abs().amax(-1) / _FP4_VALUES[-1] * global_scale).to(_FP8)
     output_scale.view(_FP8).copy_(scale)
     values = (blocks * (global_scale / scale.float().clamp(min=1e-10)).unsqueeze(-1)).flatten(-2)
-    codes = (values.abs().unsqueeze(-1) - _FP4_VALUES).abs().argmin(-1) | (values < 0) * 8
+    distances = (values.abs().unsqueeze(-1) - _FP4_VALUES).abs()
+    distances[..., ::2] -= 1e-5  # ties go to even codes
+    codes = distances.argmin(-1) | (values < 0) * 8
     output.copy_((codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8))

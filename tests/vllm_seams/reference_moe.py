@@ -8,7 +8,6 @@ import torch.nn.functional as functional
 
 HIDDEN, INTERMEDIATE = 256, 128
 FP8_BLOCK = 128
-_FP4_STEPS = ((0.25, 0.0), (0.75, 0.5), (1.25, 1.0), (1.75, 1.5), (2.5, 2.0), (3.5, 3.0), (5.0, 4.0))
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class Tokens:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(count, HIDDEN, generator=generator).bfloat16()
         order = torch.rand(count, len(experts), generator=generator).argsort(-1)[:, :top_k]
-        ids = (order + experts.start).int()
+        ids = torch.full((count, top_k), -1, dtype=torch.int32)
+        ids[:, : order.shape[1]] = order + experts.start
         if top_k > 1:
             ids[torch.rand(count, top_k, generator=generator) < 0.1] = -1
         return cls(x, ids, torch.rand(count, top_k, generator=generator) + 0.1)
@@ -111,11 +111,9 @@ def through_fp4(rows: torch.Tensor, global_scale: float) -> torch.Tensor:
     blocks = rows.float().reshape(rows.shape[0], -1, 16)
     stored = (blocks.abs().amax(2, keepdim=True) / 6 * global_scale).to(torch.float8_e4m3fn).float()
     scale = stored / global_scale
-    magnitude = (blocks / scale).abs()
-    rounded = torch.full_like(magnitude, 6.0)
-    for bound, value in reversed(_FP4_STEPS):
-        rounded = torch.where(magnitude < bound, value, rounded)
-    return (rounded * blocks.sign() * scale).reshape(rows.shape)
+    magnitude = (blocks / scale).abs().clamp(max=6)
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return ((magnitude / step).round() * step * blocks.sign() * scale).reshape(rows.shape)
 
 
 def assert_close(result: torch.Tensor, expected: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_efa_ep.vllm_plugin.backend_names import LOW_LATENCY
 
+RANKS = 4
 EXPERTS, MAX_TOKENS = 8, 8
 
 
