@@ -15,10 +15,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import vllm_efa_ep
+
+if TYPE_CHECKING:
+    from vllm_efa_ep.cuda.arena import DeviceView
 
 
 def load_core(directory: Path) -> ctypes.CDLL:
@@ -77,11 +81,16 @@ def fake_cuda(library: ctypes.CDLL, signals: str, stream: Callable[[], int] | No
     rank_memory.gpu_affinity = lambda bus_id: replace(
         pci_topology.gpu_affinity(bus_id, sysfs), cpus=frozenset({0, 1})
     )
-    rank_memory.GpuMemory.tensor = lambda _, arena, offset, size: torch.frombuffer(
-        (ctypes.c_uint8 * size).from_address(arena.address + offset), dtype=torch.uint8
-    )
+    rank_memory._tensor = as_cpu_tensor
     if signals == "gdrcopy":
         rank_memory.GdrCopy = WindowIntoFakeMemory
+
+
+def as_cpu_tensor(view: "DeviceView", device: torch.device) -> torch.Tensor:  # noqa: ARG001
+    """Return the bytes of a view of fake device memory."""
+    interface = view.__cuda_array_interface__
+    (size,), (address, _) = interface["shape"], interface["data"]
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
 
 
 class WindowIntoFakeMemory:

@@ -1,10 +1,12 @@
 """vLLM's MoE kernels on our backends for CUDA, without a GPU: a program, run by test_cuda_path.py.
 
 Four ranks on two nodes, each a process. vLLM's sources are as released: configuration, groups, communicator,
-selection, ``FusedMoEKernel``, micro-batches. Below the plugin everything is the product's down to the kernels,
-which run on CPU fibers. fake_gpu.py and tests/python/cuda_on_fibers.py have what stands in for the GPU.
+selection, ``FusedMoEKernel``, micro-batches. Below the plugin everything is the product's, down to the kernels
+on CPU fibers. fake_gpu.py and tests/python/cuda_on_fibers.py have what stands in for the GPU.
 
-    PYTHONPATH=<vLLM's sources>:tests/python python check_cuda_path.py DIRECTORY_OF_CORE LIBFABRIC
+    PYTHONPATH=<vLLM's sources>:tests/python python check_cuda_path.py DIRECTORY
+
+DIRECTORY has a ``_core`` with the kernels for fibers, and the provider efaemu.
 """
 
 import os
@@ -24,17 +26,16 @@ SETTINGS = {
 }
 
 
-def prepare(core: str, libfabric: str) -> None:
+def prepare(build: Path) -> None:
     """Import everything once, with what stands in for a GPU; the ranks are forked from here."""
+    import fake_gpu
     import torch
+    from cuda_on_fibers import fake_cuda, load_core
+    from test_cuda_rounds import newest_libfabric
 
     torch.set_num_threads(1)
-    os.environ.update(SETTINGS, EFA_EP_LIBFABRIC=libfabric)
-
-    import fake_gpu
-    from cuda_on_fibers import fake_cuda, load_core
-
-    library = load_core(Path(core))
+    os.environ.update(SETTINGS, EFA_EP_LIBFABRIC=newest_libfabric(), FI_PROVIDER_PATH=str(build / "efaemu"))
+    library = load_core(build)
     fake_gpu.fake_torch_cuda(library)
     from vllm_efa_ep.cuda.streams import current_stream
 
@@ -44,7 +45,7 @@ def prepare(core: str, libfabric: str) -> None:
     from vllm_efa_ep.vllm_plugin import register
 
     register()
-    import vllm_on_ranks  # noqa: F401
+    import cuda_path_scenarios  # noqa: F401
 
 
 def run_rank(rank: int, store_port: int) -> int:
@@ -68,7 +69,7 @@ def run_rank(rank: int, store_port: int) -> int:
 
 def main() -> int:
     """Fork the ranks and return how many failed."""
-    prepare(*sys.argv[1:])
+    prepare(Path(sys.argv[1]))
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

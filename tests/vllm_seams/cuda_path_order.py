@@ -1,7 +1,9 @@
 """When halves run: around shared experts, between two micro-batches, and while a CUDA graph is captured."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,15 +19,28 @@ from vllm.model_executor.layers.fused_moe.experts.fused_batched_moe import Naive
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
 from vllm.v1.worker.gpu_ubatch_wrapper import UBatchWrapper
 from vllm.v1.worker.ubatching import make_ubatch_contexts
-from vllm_on_ranks import EXPERTS, MAX_TOKENS, VllmRank
+from vllm_on_ranks import EXPERTS, MAX_TOKENS, RANKS, VllmRank
 
 from vllm_efa_ep import _core
 from vllm_efa_ep.cuda import streams
 from vllm_efa_ep.cuda.halves import CudaHalves
+from vllm_efa_ep.errors import RankTimeoutError
 from vllm_efa_ep.vllm_plugin.backend_names import HIGH_THROUGHPUT, LOW_LATENCY
 
 HALVES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
+MESSAGES: list[str] = []
 BACKENDS = ((HIGH_THROUGHPUT, StandardExperts), (LOW_LATENCY, NaiveBatchedExperts))
+
+
+class KeepMessages(logging.Handler):
+    """Keeps what the plugin logs as errors."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the text."""
+        MESSAGES.append(record.getMessage())
+
+
+logging.getLogger("vllm.efa_ep").addHandler(KeepMessages(logging.ERROR))
 
 
 @contextlib.contextmanager
@@ -45,7 +60,7 @@ def recorded_launches() -> Iterator[list[tuple[Any, ...]]]:
 
 
 def shared_experts_overlap(vllm_rank: VllmRank) -> None:
-    """vLLM's shared experts run while results fly: after combine_send, before combine_recv."""
+    """Shared experts run while results fly: after combine_send, before combine_recv."""
     layer = Layer.random(EXPERTS, 11)
     for backend, experts in BACKENDS:
         kernel = vllm_rank.build(backend, experts, layer)
@@ -105,7 +120,9 @@ def two_micro_batches(vllm_rank: VllmRank) -> None:
         assert [(name, channel) for name, channel, *_ in launches] == steps * len(layers)
         assert {stream for *_, stream in launches} == {streams.current_stream()}
         expected = [
-            reference_moe.output(layers[layer], tokens[part, layer]) for part in range(2) for layer in range(2)
+            reference_moe.output(layers[layer], tokens[part, layer])
+            for part in range(2)
+            for layer in range(2)
         ]
         assert_close(result, torch.cat(expected))
         (all_to_all_config,) = vllm_rank.manager._all_to_alls
@@ -114,11 +131,11 @@ def two_micro_batches(vllm_rank: VllmRank) -> None:
 
 
 class ForbidHostReads(TorchDispatchMode):
-    """Fails on what a CUDA graph cannot capture: operators that wait for the GPU, or whose shapes depend on it."""
+    """Fails on what a CUDA graph cannot capture: operators that wait for the GPU or ask it for a shape."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at one operator."""
         name = func.overloadpacket.__name__
         assert name not in self.FORBIDDEN, f"{name} while a graph is captured"
@@ -160,7 +177,7 @@ def captured_low_latency(vllm_rank: VllmRank) -> None:
 
 
 def captured_high_throughput(vllm_rank: VllmRank) -> None:
-    """If this backend is captured after all, the shape is that of the most rows, and none is taken for a token."""
+    """If this backend is captured after all, there is room for all rows, and none that did not come counts."""
     layer = Layer.random(EXPERTS, 15)
     kernel = vllm_rank.build(HIGH_THROUGHPUT, StandardExperts, layer)
     tokens = Tokens.random(vllm_rank.rank, 3, range(EXPERTS), vllm_rank.rank)
@@ -172,9 +189,36 @@ def captured_high_throughput(vllm_rank: VllmRank) -> None:
     vllm_rank.manager.close()
 
 
+def fault_in_a_replay(vllm_rank: VllmRank) -> None:
+    """A replayed graph makes no call that could raise: vLLM asks after each step, and the log says who."""
+    manager = vllm_rank.manager
+    manager._settings = replace(manager._settings, timeout_s=1.0)
+    assert manager.support_fault_tolerance
+    kernel = vllm_rank.build(LOW_LATENCY, NaiveBatchedExperts, Layer.random(EXPERTS, 16))
+    static = Tokens.random(MAX_TOKENS, 3, range(EXPERTS), 0)
+    with recorded_launches() as launches:
+        kernel(static)
+    assert not manager.query_fault().item()
+    if vllm_rank.rank != RANKS - 1:  # which does not replay
+        (all_to_all,) = manager._all_to_alls.values()
+        halves = all_to_all._generations.current()._device
+        sent, received = (given[1:-1] for given in launches[:2])
+        halves.dispatch_send(*sent)
+        with pytest.raises(RankTimeoutError):  # by what stands in for the stream's order
+            halves.dispatch_recv(*received)
+        assert manager.query_fault().item()
+        assert manager.query_active_mask().shape == (RANKS,)
+        assert any(f"dispatch_recv of round 2 on rank {vllm_rank.rank} waited" in text for text in MESSAGES)
+        with pytest.raises(RankTimeoutError, match="dispatch_recv of round 2"):
+            kernel(static)
+        assert manager.query_fault().item()
+    manager.close()
+
+
 ORDER_SCENARIOS: tuple[Callable[[VllmRank], None], ...] = (
     shared_experts_overlap,
     two_micro_batches,
     captured_low_latency,
     captured_high_throughput,
+    fault_in_a_replay,
 )

@@ -126,7 +126,7 @@ def fp4(vllm_rank: VllmRank) -> None:
 
 
 def fp4_batched(vllm_rank: VllmRank) -> None:
-    """vLLM's batched experts for nvfp4 quantise what they get by themselves: it is bf16."""
+    """Batched experts for nvfp4 quantise what they get by themselves: it is bf16."""
 
     class Unquantized(NaiveBatchedExperts):  # type: ignore[misc]
         def apply(self, **given: Any) -> None:
@@ -136,7 +136,9 @@ def fp4_batched(vllm_rank: VllmRank) -> None:
             super().apply(**given)
 
     layer = Layer.random(EXPERTS, 6)
-    quant_config = FusedMoEQuantConfig.make("nvfp4", a1_gscale=torch.ones(LOCAL_EXPERTS), weight_dtype="nvfp4")
+    quant_config = FusedMoEQuantConfig.make(
+        "nvfp4", a1_gscale=torch.ones(LOCAL_EXPERTS), weight_dtype="nvfp4"
+    )
     kernel = vllm_rank.build(LOW_LATENCY, Unquantized, layer, quant_config=quant_config)
     tokens = some_tokens(vllm_rank.rank, 2)
     assert_close(kernel(tokens), reference_moe.output(layer, tokens))

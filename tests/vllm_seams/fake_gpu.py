@@ -1,7 +1,7 @@
 """vLLM as on a GPU, without one: what stands in for vLLM's compiled code, the driver and ``torch.cuda``.
 
 Tensors are CPU tensors, which our kernels on fibers and torch both reach. Of vLLM, only what its sources lack
-is replaced: the compiled operators that the tests need, written in plain torch, and the questions to the driver.
+is replaced: the compiled operators that the tests need, in plain torch, and the questions to the driver.
 """
 
 import contextlib
@@ -115,7 +115,7 @@ def import_vllm_for_cuda() -> None:
             return 132
 
     vllm.platforms.current_platform = OneGpu()
-    import vllm.model_executor.layers.fused_moe.modular_kernel  # noqa: F401
+    import vllm.model_executor.layers.fused_moe.modular_kernel
 
     _operator("silu_and_mul(Tensor(a!) out, Tensor input) -> ()", _silu_and_mul)
     _operator(

@@ -97,7 +97,7 @@ class SelfQuantizingExperts(StandardExperts):
 
 
 class Fp4Experts(StandardExperts):
-    """Takes packed e2m1 with scales of 16 values in e4m3, plain or in the 128 x 4 tiles of Blackwell's MMA."""
+    """Takes packed e2m1 with e4m3 scales of 16 values each, plain or in Blackwell's tiles of 128 x 4."""
 
     def dequantized(self, rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
         """Return rows as float32."""

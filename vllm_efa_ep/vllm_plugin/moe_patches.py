@@ -62,8 +62,8 @@ def make_manager(parallel_config: Any, cpu_group: Any, tcp_store_group: Any) -> 
     name = parallel_config.all2all_backend
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise ConfigurationError(
-            f"--all2all-backend {name} runs on NVIDIA GPUs and on CPUs, not on {current_platform.device_name}; "
-            "choose another backend"
+            f"--all2all-backend {name} runs on NVIDIA GPUs and on CPUs, not on "
+            f"{current_platform.device_name}; choose another backend"
         )
     if not parallel_config.enable_expert_parallel:
         raise ConfigurationError(
