@@ -24,6 +24,19 @@
 
 namespace efa_ep {
 
+/// Moves chunks from a device's ring to its proxy, and does a piece of that one's work. Returns whether
+/// anything moved. One thread at a time.
+inline bool pump(cuda::DeviceRingReader& ring, Proxy& proxy) {
+  bool moved = false;
+  Command command;
+  while (ring.try_pop(command)) {
+    simt::host_thread_checkpoint();
+    while (!proxy.try_submit(command)) proxy.help();
+    moved = true;
+  }
+  return proxy.help() || moved;
+}
+
 class CudaRank {
  public:
   struct Options {
@@ -63,6 +76,7 @@ class CudaRank {
     memory.ring_capacity = options.ring_capacity;
     memory.error = host_.error;
     memory.stop = &host_.stop;
+    memory.totals = host_.totals;
     const std::vector<std::byte> image = cuda::workspace_image(device_, memory);
     std::copy(image.begin(), image.end(), workspace_->data());
     register_memory();
@@ -171,22 +185,18 @@ class CudaRank {
       expect_rows("x", got.received_x, want.received_x, layout.row.payload_bytes);
       expect_rows("scales", got.received_scales, want.received_scales, layout.row.scale_bytes);
       expect_rows("out", got.out, want.out, layout.row.combine_bytes);
+      ++counted_.rounds;
+      counted_.tokens += want.tokens;
+      counted_.received_rows += want.rows;
+      counted_.network_rows += want.network_rows;
+      counted_.peer_rows += want.peer_rows;
     }
     rounds_.clear();
+    check_totals();
   }
 
-  /// Moves chunks from the device's ring to the proxy. Called by the world's network thread only.
-  bool pump() {
-    if (proxy_ == nullptr) return false;
-    bool moved = false;
-    Command command;
-    while (reader_.try_pop(command)) {
-      simt::host_thread_checkpoint();
-      while (!proxy_->try_submit(command)) proxy_->help();
-      moved = true;
-    }
-    return proxy_->help() || moved;
-  }
+  /// Called by the world's network thread only.
+  bool pump() { return proxy_ != nullptr && efa_ep::pump(reader_, *proxy_); }
 
   cuda::DeviceError error() const {
     const uint64_t first = std::atomic_ref(host_.error[0]).load(std::memory_order_acquire);
@@ -222,6 +232,7 @@ class CudaRank {
     alignas(64) uint64_t ring_tail = 0;
     alignas(64) mutable uint64_t error[2] = {};
     alignas(64) uint32_t stop = 0;
+    alignas(64) cuda::ChannelTotals totals[kMaxChannels] = {};
   };
 
   /// Something that happens in stream order, as a kernel of the caller would.
@@ -283,6 +294,22 @@ class CudaRank {
                          device);
   }
 
+  void check_totals() const {
+    cuda::ChannelTotals told;
+    for (const cuda::ChannelTotals& channel : host_.totals) {
+      told.rounds += channel.rounds;
+      told.tokens += channel.tokens;
+      told.received_rows += channel.received_rows;
+      told.network_rows += channel.network_rows;
+      told.peer_rows += channel.peer_rows;
+    }
+    EXPECT_EQ(told.rounds, counted_.rounds);
+    EXPECT_EQ(told.tokens, counted_.tokens);
+    EXPECT_EQ(told.received_rows, counted_.received_rows);
+    EXPECT_EQ(told.network_rows, counted_.network_rows);
+    EXPECT_EQ(told.peer_rows, counted_.peer_rows);
+  }
+
   static void expect_rows(const std::string& name, const Bytes& got, const Bytes& want, size_t row_bytes) {
     ASSERT_EQ(got.size(), want.size());
     const auto [first, other] = std::mismatch(got.begin(), got.end(), want.begin());
@@ -305,6 +332,7 @@ class CudaRank {
   cuda::DeviceRingReader reader_{ring_.data(), &host_.ring_tail, options_.ring_capacity};
   std::vector<simt::stream_t> streams_;
   std::deque<Buffers> rounds_;
+  cuda::ChannelTotals counted_;  // in all rounds that were checked
 };
 
 }  // namespace efa_ep

