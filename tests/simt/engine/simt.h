@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -122,6 +123,14 @@ stream_t stream_create(int device, int max_resident_blocks = 0);
 void stream_sync(stream_t stream);
 void launch_raw(stream_t stream, dim3 grid, dim3 block, size_t dyn_smem, std::function<void()> body,
                 const char* name);
+
+// Graphs: launches into a stream between begin and end are recorded with their arguments, and not run.
+// graph_launch() runs them in any stream, as often as it is asked, with these very arguments.
+struct Graph;
+void capture_begin(stream_t stream);
+std::shared_ptr<Graph> capture_end(stream_t stream);
+size_t graph_size(const Graph& graph);
+void graph_launch(const Graph& graph, stream_t stream);
 
 // For OS threads that exchange data with kernels (CPU proxies, fake network cards) in TSan builds:
 // call it after reading a command and before touching the data. Without it TSan may drop the
