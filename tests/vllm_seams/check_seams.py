@@ -181,7 +181,14 @@ def check_fault_tolerance() -> None:
     All2AllManagerBase.__init__ = init
     ours = manager.EfaEpAll2AllManager("group", fault_tolerance.is_wanted(parallel_config))
     assert ours.support_fault_tolerance
-    layer = SimpleNamespace(lost=(), failed=False, masks=0, lost_ranks=lambda: layer.lost)
+    layer = SimpleNamespace(
+        lost=(),
+        failed=False,
+        masks=0,
+        lost_ranks=lambda: layer.lost,
+        fault=lambda: torch.tensor(layer.failed),
+        raise_fault=lambda: None,
+    )
 
     def mask() -> None:
         layer.failed = False
