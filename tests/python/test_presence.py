@@ -15,7 +15,7 @@ import pytest
 
 from vllm_efa_ep.bootstrap.presence import MEMBER_BYTES, Door, Presence
 from vllm_efa_ep.bootstrap.run import is_member, new_token
-from vllm_efa_ep.errors import ConfigurationError, MembershipError
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError, MembershipError
 
 _DEADLINE_S = 60.0
 _HOST = "127.0.0.1"
@@ -51,9 +51,18 @@ class OpenDoor:
         assert self.events.get(timeout=_DEADLINE_S) == (event, _MEMBER)
 
     def close(self) -> None:
-        """End the loop."""
+        """End what still runs in the loop, then the loop."""
+
+        async def end() -> None:
+            running = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result(_DEADLINE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_DEADLINE_S)
+        self._loop.close()
 
 
 @pytest.fixture
@@ -136,6 +145,17 @@ def test_a_member_connects_again(door: OpenDoor) -> None:
     door.hear("arrived")
     presence.close()
     door.hear("departed")
+
+
+def test_a_coordinator_that_is_gone_is_an_error(door: OpenDoor) -> None:
+    """At the next request of a member."""
+    presence = _enter(door)
+    presence._connection.shutdown(socket.SHUT_RDWR)
+    with socket.create_server((_HOST, 0)) as server:
+        presence._target = server.getsockname()
+    with pytest.raises(EfaEpError, match="is gone: "):
+        presence.ensure()
+    presence.close()
 
 
 def test_a_door_that_is_not_there() -> None:

@@ -11,12 +11,12 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from weakref import WeakSet
 
 from vllm_efa_ep.bootstrap.keep_alive import expect_signs_of_life
 from vllm_efa_ep.bootstrap.run import TOKEN_BYTES
-from vllm_efa_ep.errors import ConfigurationError, MembershipError
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError, MembershipError
 
 logger = logging.getLogger(__name__)
 
@@ -118,15 +118,37 @@ class Presence:
         self._hello = _HELLO.pack(token, bytes.fromhex(member))
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._connection = self._connect()
+        try:
+            self._connection = self._connect()
+        except MembershipError:  # which is an OSError, too
+            raise
+        except OSError as error:
+            raise ConfigurationError(
+                f"the run's coordinator cannot be reached at {address}, port {port}: {error}; hosts must "
+                "accept TCP connections of each other on all ports"
+            ) from error
         _presences.add(self)
 
     def ensure(self) -> None:
-        """Connect again if the connection has ended: the network was away, and this process was not."""
+        """Connect again if the connection has ended: the network was away, and this process was not.
+
+        Raises:
+            EfaEpError: The coordinator is gone.
+
+        """
         with self._lock:
             if not self.closed and self._has_ended():
+                try:
+                    again = self._connect()
+                except MembershipError:
+                    raise
+                except OSError as error:
+                    address, port = self._target
+                    raise EfaEpError(
+                        f"the run's coordinator at {address}, port {port}, is gone: {error}"
+                    ) from error
                 self._connection.close()
-                self._connection = self._connect()
+                self._connection = again
 
     @property
     def closed(self) -> bool:
@@ -146,22 +168,17 @@ class Presence:
             return True
 
     def _connect(self) -> socket.socket:
-        address, port = self._target
-        try:
-            connection = socket.create_connection(self._target, self._timeout_s)
+        with ExitStack() as on_error:
+            connection = on_error.enter_context(socket.create_connection(self._target, self._timeout_s))
             connection.sendall(self._hello)
-            welcome = connection.recv(len(_WELCOME))
-        except OSError as error:
-            raise ConfigurationError(
-                f"the run's coordinator cannot be reached at {address}, port {port}: {error}; hosts must "
-                "accept TCP connections of each other on all ports"
-            ) from error
-        if welcome != _WELCOME:
-            connection.close()
-            raise MembershipError(
-                f"the run's coordinator at {address}, port {port}, refuses this process: it is not a member"
-            )
-        connection.setblocking(False)
+            if connection.recv(len(_WELCOME)) != _WELCOME:
+                address, port = self._target
+                raise MembershipError(
+                    f"the run's coordinator at {address}, port {port}, refuses this process: it is not a "
+                    "member"
+                )
+            connection.setblocking(False)
+            on_error.pop_all()
         return connection
 
 

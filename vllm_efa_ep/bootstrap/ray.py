@@ -81,7 +81,11 @@ class RayBootstrap(Member):
         address, port = _ask(self._coordinator.door.remote(), _ACTOR_SECONDS)
         self._presence = Presence(address, port, run.token, self._ticket.member, _ANSWER_SECONDS)
         weakref.finalize(self, self._presence.close)
-        _ask(self._coordinator.join.remote(self._ticket), host_timeout_s + _ANSWER_SECONDS)
+        try:
+            _ask(self._coordinator.join.remote(self._ticket), host_timeout_s + _ANSWER_SECONDS)
+        except EfaEpError:
+            self._presence.close()
+            raise
 
     @property
     def address(self) -> str:
