@@ -1,7 +1,7 @@
 """vLLM's MoE kernels on our backends for CUDA, without a GPU: a program, run by test_cuda_path.py.
 
 Four ranks on two nodes, each a process. vLLM's sources are as released: configuration, groups, communicator,
-selection, ``FusedMoEKernel``, micro-batches. Below the plugin everything is the product's, down to the kernels
+selection, ``FusedMoEKernel``, micro-batches. Below the plugin everything is the product's down to the kernels
 on CPU fibers. fake_gpu.py and tests/python/cuda_on_fibers.py have what stands in for the GPU.
 
     PYTHONPATH=<vLLM's sources>:tests/python python check_cuda_path.py DIRECTORY

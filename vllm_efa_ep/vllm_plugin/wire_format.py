@@ -1,8 +1,8 @@
 """How an activation travels to its experts: as the layer made it, or quantised with the scales of its blocks.
 
 Quantised before dispatch, a row has half the bytes (fp8) or little more than a quarter (fp4). vLLM's kernels
-quantise; here is only known what they make, and how it fits rows of a payload and float32 scales: scales of one
-byte travel four to a float32.
+quantise; here is only known what they make, and how it fits a payload and float32 scales: scales of one byte
+travel four to a float32.
 """
 
 from collections.abc import Mapping
