@@ -84,6 +84,11 @@ class WireFormat:
         """Return payload and float32 scales of rows ``[T, H]``."""
         if not self.is_quantized:
             return rows, None
+        if rows.shape[0] == 0:  # some of vLLM's quantisers cannot
+            return (
+                rows.new_empty((0, self.columns), dtype=self.dtype),
+                rows.new_empty((0, self.scale_columns), dtype=torch.float32),
+            )
         # Swizzling would mix the scales of different rows.
         payload, scales = quantize(rows, quant_config, swizzled=False)
         if scales is None:
