@@ -9,12 +9,15 @@ on CPU fibers. fake_gpu.py and tests/python/cuda_on_fibers.py have what stands i
 DIRECTORY has a ``_core`` with the kernels for fibers, and the provider efaemu.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1
 RANKS, RANKS_PER_NODE = 4, 2
 SETTINGS = {
     "EFA_EP_PROVIDER": "efaemu",
@@ -77,6 +80,7 @@ def main() -> int:
     for rank in range(RANKS):
         child = os.fork()
         if child == 0:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             os._exit(run_rank(rank, store.port))
         children.append(child)
     return sum(os.waitpid(child, 0)[1] != 0 for child in children)

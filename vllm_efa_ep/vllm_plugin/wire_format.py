@@ -13,6 +13,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 
 _SCALES_PER_FLOAT = 4
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class WireFormat:
                 return as_it_is
             columns = hidden // byte_scaled.values_per_element
             return cls(byte_scaled.dtype, columns, hidden // whole_words, byte_scaled.scale_dtype)
-        if not quant_config.is_block_quantized:
+        if not quant_config.is_block_quantized or quant_config.quant_dtype not in _FP8:
             return as_it_is
         return cls(quant_config.quant_dtype, hidden, -(-hidden // quant_config.block_shape[1]))
 
