@@ -133,7 +133,8 @@ mutation-test: setup
 	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-simt
 	@PATH=$(BIN):$$PATH $(BIN)/python -m tests.simt.mutation_score $(BUILD)/cpp-mutation $(BUILD)/cpp-simt --only "$(MUTANTS)"
 
-# Registers, spills and instructions of the kernels, on every architecture, where there is nvcc
+# Registers, spills, accesses and fences of the kernels on every architecture, where there is nvcc; and that the gates
+# refuse planted faults
 test-cuda-build: setup
 	@echo "== machine code of the CUDA kernels"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest -rs tests/machine_code

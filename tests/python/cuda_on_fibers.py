@@ -144,8 +144,14 @@ def time_out() -> None:
 
     def body(bootstrap: ThreadBootstrap) -> None:
         with AllToAll(config, bootstrap, settings_of(2, timeout_s=1.0, num_sms=2)) as all_to_all:
+            assert not all_to_all.fault().item()
             if bootstrap.rank == 0:
-                all_to_all.dispatch(torch.ones(1, 64).bfloat16(), torch.tensor([[0, 3]]), torch.ones(1, 2))
+                try:
+                    all_to_all.dispatch(
+                        torch.ones(1, 64).bfloat16(), torch.tensor([[0, 3]]), torch.ones(1, 2)
+                    )
+                finally:
+                    assert all_to_all.fault().item()
 
     error = outcomes_of_ranks(2, body)[0].error
     assert isinstance(error, RankTimeoutError), error

@@ -1,7 +1,7 @@
 """vLLM's MoE kernels on our backends for CUDA, without a GPU: a program, run by test_cuda_path.py.
 
 Four ranks on two nodes, each a process. vLLM's sources are as released: configuration, groups, communicator,
-selection, ``FusedMoEKernel``, micro-batches. Below the plugin everything is the product's, down to the kernels
+selection, ``FusedMoEKernel``, micro-batches. Below the plugin everything is the product's down to the kernels
 on CPU fibers. fake_gpu.py and tests/python/cuda_on_fibers.py have what stands in for the GPU.
 
     PYTHONPATH=<vLLM's sources>:tests/python python check_cuda_path.py DIRECTORY
@@ -9,12 +9,15 @@ on CPU fibers. fake_gpu.py and tests/python/cuda_on_fibers.py have what stands i
 DIRECTORY has a ``_core`` with the kernels for fibers, and the provider efaemu.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1
 RANKS, RANKS_PER_NODE = 4, 2
 SETTINGS = {
     "EFA_EP_PROVIDER": "efaemu",
@@ -77,6 +80,7 @@ def main() -> int:
     for rank in range(RANKS):
         child = os.fork()
         if child == 0:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             os._exit(run_rank(rank, store.port))
         children.append(child)
     return sum(os.waitpid(child, 0)[1] != 0 for child in children)

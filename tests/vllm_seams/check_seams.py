@@ -242,7 +242,7 @@ def main() -> None:
     communicators = (seams.CPU_COMMUNICATOR_SEAM, seams.CUDA_COMMUNICATOR_SEAM)
     cpu_seams = (*seams.CPU_MOE_SEAMS, *seams.CPU_RAY_SEAMS, *seams.RAY_ENGINE_SEAMS)
     seams.require([*seams.CONFIG_SEAMS, *communicators, *seams.MOE_SEAMS, *cpu_seams])
-    seams.require(seams.FAULT_TOLERANCE_SEAMS)
+    seams.require([*seams.CUDA_MOE_SEAMS, *seams.FAULT_TOLERANCE_SEAMS])
 
     register()
     check_configuration()

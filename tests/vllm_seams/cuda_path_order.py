@@ -177,7 +177,7 @@ def captured_low_latency(vllm_rank: VllmRank) -> None:
 
 
 def captured_high_throughput(vllm_rank: VllmRank) -> None:
-    """If this backend is captured after all, there is room for all rows, and none that did not come counts."""
+    """If this backend is captured after all, there is room for all rows, and only those that came count."""
     layer = Layer.random(EXPERTS, 15)
     kernel = vllm_rank.build(HIGH_THROUGHPUT, StandardExperts, layer)
     tokens = Tokens.random(vllm_rank.rank, 3, range(EXPERTS), vllm_rank.rank)

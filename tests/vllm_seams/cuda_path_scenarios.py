@@ -104,6 +104,17 @@ def fp8_rows(vllm_rank: VllmRank) -> None:
         vllm_rank.manager.close()
 
 
+def mxfp8(vllm_rank: VllmRank) -> None:
+    """Its scales travel as bytes, too."""
+    layer = Layer.random(EXPERTS, 10)
+    quant_config = FusedMoEQuantConfig.make("mxfp8", block_shape=[1, 32])
+    kernel = vllm_rank.build(HIGH_THROUGHPUT, StandardExperts, layer, quant_config=quant_config)
+    assert wire(vllm_rank) == (FP8, 256, 2)
+    tokens = some_tokens(vllm_rank.rank, 1)
+    assert_close(kernel(tokens), reference_moe.output(layer, tokens, reference_moe.through_mxfp8))
+    vllm_rank.manager.close()
+
+
 def fp4(vllm_rank: VllmRank) -> None:
     """nvfp4 travels as the bytes vLLM makes; only then its scales take the experts' order."""
     layer = Layer.random(EXPERTS, 5)
@@ -209,6 +220,7 @@ SCENARIOS: tuple[Callable[[VllmRank], None], ...] = (
     round_robin,
     fp8_blocks,
     fp8_rows,
+    mxfp8,
     fp4,
     fp4_batched,
     all_to_one_rank,

@@ -102,6 +102,8 @@ def import_vllm_for_cuda() -> None:
     from vllm.platforms.interface import DeviceCapability
 
     class OneGpu(NonNvmlCudaPlatform):  # type: ignore[misc]
+        dispatch_key = "CPU"  # of vLLM's operators in Python, whose tensors are torch's on the CPU
+
         @classmethod
         def get_device_capability(cls, device_id: int = 0) -> Any:  # noqa: ARG003
             return DeviceCapability(9, 0)

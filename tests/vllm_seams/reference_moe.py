@@ -106,6 +106,13 @@ def through_fp8_rows(rows: torch.Tensor) -> torch.Tensor:
     return (rows.float() / scale).to(torch.float8_e4m3fn).float() * scale
 
 
+def through_mxfp8(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows after quantisation to mxfp8: 32 values of e4m3 share a power of two."""
+    blocks = rows.float().reshape(rows.shape[0], -1, 32)
+    scale = 2 ** (blocks.abs().amax(2, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max).log2().ceil()
+    return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).reshape(rows.shape)
+
+
 def through_fp4(rows: torch.Tensor, global_scale: float) -> torch.Tensor:
     """Return rows after quantisation to nvfp4: 16 values of e2m1 share a scale in e4m3."""
     blocks = rows.float().reshape(rows.shape[0], -1, 16)

@@ -63,8 +63,10 @@ class StandardExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         """Return rows as float32."""
         if scales is None:
             return rows.float()
-        assert scales.dtype == torch.float32
         assert scales.shape[0] == rows.shape[0]
+        if scales.dtype == torch.uint8:  # ue8m0
+            scales = torch.exp2(scales.float() - 127)
+        assert scales.dtype == torch.float32
         return rows.float() * scales.repeat_interleave(rows.shape[1] // scales.shape[1], dim=1)
 
     def apply(self, output: torch.Tensor, **given: Any) -> None:

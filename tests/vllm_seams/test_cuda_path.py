@@ -23,7 +23,7 @@ def test_cuda_path(tmp_path: Path) -> None:
         [sys.executable, str(Path(__file__).with_name("check_cuda_path.py")), str(build)],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
         env={
             **inherited,
             "PYTHONPATH": os.pathsep.join(map(str, paths)),

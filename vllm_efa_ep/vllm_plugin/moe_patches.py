@@ -32,7 +32,7 @@ def apply() -> None:
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
-    seams.require([*seams.MOE_SEAMS, *(seams.CPU_MOE_SEAMS if on_cpu else ())])
+    seams.require([*seams.MOE_SEAMS, *(seams.CPU_MOE_SEAMS if on_cpu else seams.CUDA_MOE_SEAMS)])
     _announce_formats()
     _provide_prepare_finalize()
     _move_experts()

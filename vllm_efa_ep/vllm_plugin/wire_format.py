@@ -1,8 +1,8 @@
 """How an activation travels to its experts: as the layer made it, or quantised with the scales of its blocks.
 
 Quantised before dispatch, a row has half the bytes (fp8) or little more than a quarter (fp4). vLLM's kernels
-quantise; here is only known what they make, and how it fits rows of a payload and float32 scales: scales of one
-byte travel four to a float32.
+quantise; here is only known what they make, and how it fits a payload and float32 scales: scales of one byte
+travel four to a float32.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 
 _SCALES_PER_FLOAT = 4
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class WireFormat:
                 return as_it_is
             columns = hidden // byte_scaled.values_per_element
             return cls(byte_scaled.dtype, columns, hidden // whole_words, byte_scaled.scale_dtype)
-        if not quant_config.is_block_quantized:
+        if not quant_config.is_block_quantized or quant_config.quant_dtype not in _FP8:
             return as_it_is
         return cls(quant_config.quant_dtype, hidden, -(-hidden // quant_config.block_shape[1]))
 
@@ -84,6 +85,11 @@ class WireFormat:
         """Return payload and float32 scales of rows ``[T, H]``."""
         if not self.is_quantized:
             return rows, None
+        if rows.shape[0] == 0:  # some of vLLM's quantisers cannot
+            return (
+                rows.new_empty((0, self.columns), dtype=self.dtype),
+                rows.new_empty((0, self.scale_columns), dtype=torch.float32),
+            )
         # Swizzling would mix the scales of different rows.
         payload, scales = quantize(rows, quant_config, swizzled=False)
         if scales is None:

@@ -103,6 +103,14 @@ inline void check_align(const void* p, size_t align) {
   }
 }
 
+// 16-byte accesses, for tests that count bytes. The observer is called by several threads at once.
+using VectorObserver = void (*)(const void* p, bool write);
+extern VectorObserver g_vector_observer;
+inline void note_vector(const void* p, bool write) {
+  check_align(p, 16);
+  if (__builtin_expect(g_vector_observer != nullptr, 0)) g_vector_observer(p, write);
+}
+
 // ------------------------------------------------------------------------------------------------
 // Launch API used by host code
 // ------------------------------------------------------------------------------------------------
@@ -143,6 +151,8 @@ struct Stats {
   uint64_t system_releases;  // by kernels: release stores, read-modify-writes and fences
 };
 Stats stats();
+
+void observe_vectors(VectorObserver observer);  // null: nobody. While no kernel runs.
 
 // Registers memory with its owner. Synchronising on registered memory of another device, on host
 // memory, or on what others write, with less than system scope is then a fatal error. Where ranges

@@ -14,6 +14,7 @@ namespace simt {
 
 bool g_tsan = false, g_asan = false;
 SyncPoint g_tsan_anchor;
+VectorObserver g_vector_observer = nullptr;
 Config g_config;
 std::mutex g_mutex;
 std::vector<std::unique_ptr<Worker>> g_workers;
@@ -373,6 +374,8 @@ void graph_launch(const Graph& graph, stream_t s) {
 void host_thread_checkpoint() {
   if (kTsanHasSlots) hb_release(&g_tsan_anchor);
 }
+
+void observe_vectors(VectorObserver observer) { g_vector_observer = observer; }
 
 Stats stats() {
   Stats total{};

@@ -126,7 +126,9 @@ class Parser:
         """Reads the whole file."""
         kernels = []
         while not self._take(r"\Z"):
-            if self._take(r"\.(?:version|target|address_size|file)\b[^\n]*|\.section\s+\.debug_\w+\s*\{[^}]*\}"):
+            if self._take(
+                r"\.(?:version|target|address_size|file)\b[^\n]*|\.section\s+\.debug_\w+\s*\{[^}]*\}"
+            ):
                 continue
             if not (entry := self._take(r"(?:\.visible\s+|\.weak\s+)?\.entry\s+(\w+)\s*\(([^)]*)\)")):
                 self._fail(f"unknown directive: {self._rest_of_line()}")
