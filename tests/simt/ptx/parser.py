@@ -7,10 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-BYTES = {
-    **{f"{kind}{bits}": bits // 8 for kind in "usb" for bits in (8, 16, 32, 64)},
-    **{"f32": 4, "f64": 8, "pred": 1},
-}
+BYTES = {f"{kind}{bits}": bits // 8 for kind in "usb" for bits in (8, 16, 32, 64)}
+BYTES |= {"f32": 4, "f64": 8, "pred": 1}
 
 
 class PtxError(Exception):
@@ -126,7 +124,9 @@ class Parser:
         """Reads the whole file."""
         kernels = []
         while not self._take(r"\Z"):
-            if self._take(r"\.(?:version|target|address_size|file)\b[^\n]*|\.section\s+\.debug_\w+\s*\{[^}]*\}"):
+            if self._take(
+                r"\.(?:version|target|address_size|file)\b[^\n]*|\.section\s+\.debug_\w+\s*\{[^}]*\}"
+            ):
                 continue
             if not (entry := self._take(r"(?:\.visible\s+|\.weak\s+)?\.entry\s+(\w+)\s*\(([^)]*)\)")):
                 self._fail(f"unknown directive: {self._rest_of_line()}")
