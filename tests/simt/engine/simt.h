@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -102,6 +103,14 @@ inline void check_align(const void* p, size_t align) {
   }
 }
 
+// 16-byte accesses, for tests that count bytes. The observer is called by several threads at once.
+using VectorObserver = void (*)(const void* p, bool write);
+extern VectorObserver g_vector_observer;
+inline void note_vector(const void* p, bool write) {
+  check_align(p, 16);
+  if (__builtin_expect(g_vector_observer != nullptr, 0)) g_vector_observer(p, write);
+}
+
 // ------------------------------------------------------------------------------------------------
 // Launch API used by host code
 // ------------------------------------------------------------------------------------------------
@@ -123,6 +132,14 @@ void stream_sync(stream_t stream);
 void launch_raw(stream_t stream, dim3 grid, dim3 block, size_t dyn_smem, std::function<void()> body,
                 const char* name);
 
+// Graphs: launches into a stream between begin and end are recorded with their arguments, and not run.
+// graph_launch() runs them in any stream, as often as it is asked, with these very arguments.
+struct Graph;
+void capture_begin(stream_t stream);
+std::shared_ptr<Graph> capture_end(stream_t stream);
+size_t graph_size(const Graph& graph);
+void graph_launch(const Graph& graph, stream_t stream);
+
 // For OS threads that exchange data with kernels (CPU proxies, fake network cards) in TSan builds:
 // call it after reading a command and before touching the data. Without it TSan may drop the
 // thread's races when more than about 250 CUDA threads are alive (see sanitizer_glue.h). No
@@ -134,6 +151,8 @@ struct Stats {
   uint64_t system_releases;  // by kernels: release stores, read-modify-writes and fences
 };
 Stats stats();
+
+void observe_vectors(VectorObserver observer);  // null: nobody. While no kernel runs.
 
 // Registers memory with its owner. Synchronising on registered memory of another device, on host
 // memory, or on what others write, with less than system scope is then a fatal error. Where ranges

@@ -155,10 +155,21 @@ struct Launch {
   std::vector<Block*> graveyard;           // see finish_block()
 };
 
+struct Graph {
+  struct Node {
+    dim3 grid, block;
+    size_t dyn_smem;
+    std::function<void()> body;
+    const char* name;
+  };
+  std::vector<Node> nodes;
+};
+
 struct Stream {
   int device, max_resident_blocks;
   std::deque<std::unique_ptr<Launch>> queue;
   std::vector<std::unique_ptr<Launch>> finished;
+  std::unique_ptr<Graph> capture;  // what launches are recorded into instead of being run
 };
 
 struct Worker {
