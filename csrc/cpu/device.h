@@ -17,7 +17,7 @@
 #include "clock.h"
 #include "cpu/duration_histogram.h"
 #include "cpu/owner_list.h"
-#include "cpu/placement.h"
+#include "protocol/placement.h"
 #include "cpu/row_ids.h"
 #include "cpu/row_math.h"
 #include "cpu/timer.h"

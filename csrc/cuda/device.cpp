@@ -50,6 +50,7 @@ std::vector<std::byte> CudaDevice::use_workspace(std::byte* workspace) {
   memory.ring_capacity = options_.ring_capacity;
   memory.error = reinterpret_cast<uint64_t*>(on_device(host().error));
   memory.stop = reinterpret_cast<const uint32_t*>(on_device(&host().stop));
+  memory.totals = reinterpret_cast<ChannelTotals*>(on_device(host().totals));
   state_ = reinterpret_cast<const DeviceState*>(workspace);
   return workspace_image(options_.config, memory);
 }
@@ -142,6 +143,19 @@ void CudaDevice::wait(Stream stream) {
 uint32_t CudaDevice::wait_for_rows(uint32_t channel, Stream stream) {
   wait(stream);
   return static_cast<uint32_t>(std::atomic_ref(host().rows[channel]).load(std::memory_order_acquire));
+}
+
+ChannelTotals CudaDevice::totals() const {
+  ChannelTotals sum;
+  for (ChannelTotals& channel : host().totals) {
+    for (uint64_t ChannelTotals::* const field :
+         {&ChannelTotals::rounds, &ChannelTotals::tokens, &ChannelTotals::dropped_slots,
+          &ChannelTotals::dropped_weight, &ChannelTotals::received_rows, &ChannelTotals::network_rows,
+          &ChannelTotals::peer_rows}) {
+      sum.*field += std::atomic_ref(channel.*field).load(std::memory_order_relaxed);
+    }
+  }
+  return sum;
 }
 
 void CudaDevice::throw_if_failed() const {

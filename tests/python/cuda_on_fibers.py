@@ -12,12 +12,17 @@ import importlib.util
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import vllm_efa_ep
+
+if TYPE_CHECKING:
+    from vllm_efa_ep.cuda.arena import DeviceView
 
 
 def load_core(directory: Path) -> ctypes.CDLL:
@@ -34,8 +39,11 @@ def load_core(directory: Path) -> ctypes.CDLL:
     return library
 
 
-def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
-    """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library."""
+def fake_cuda(library: ctypes.CDLL, signals: str, stream: Callable[[], int] | None = None) -> None:
+    """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library.
+
+    ``stream`` returns the current one of a thread; by default each has its own.
+    """
     from fake_driver import FakeDriver
     from pci_trees import build, lines_of
 
@@ -45,10 +53,12 @@ def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
     FakeDriver().install()
     local = threading.local()
 
-    def current_stream() -> int:
+    def stream_of_thread() -> int:
         if not hasattr(local, "stream"):
             local.stream = library.simt_new_stream(0)
         return local.stream
+
+    current_stream = stream or stream_of_thread
 
     def synchronised(name: str) -> None:
         # What torch does with the tensors next would wait in the same stream.
@@ -71,11 +81,16 @@ def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
     rank_memory.gpu_affinity = lambda bus_id: replace(
         pci_topology.gpu_affinity(bus_id, sysfs), cpus=frozenset({0, 1})
     )
-    rank_memory.GpuMemory.tensor = lambda _, arena, offset, size: torch.frombuffer(
-        (ctypes.c_uint8 * size).from_address(arena.address + offset), dtype=torch.uint8
-    )
+    rank_memory._tensor = as_cpu_tensor
     if signals == "gdrcopy":
         rank_memory.GdrCopy = WindowIntoFakeMemory
+
+
+def as_cpu_tensor(view: "DeviceView", device: torch.device) -> torch.Tensor:  # noqa: ARG001
+    """Return the bytes of a view of fake device memory."""
+    interface = view.__cuda_array_interface__
+    (size,), (address, _) = interface["shape"], interface["data"]
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
 
 
 class WindowIntoFakeMemory:
@@ -129,8 +144,14 @@ def time_out() -> None:
 
     def body(bootstrap: ThreadBootstrap) -> None:
         with AllToAll(config, bootstrap, settings_of(2, timeout_s=1.0, num_sms=2)) as all_to_all:
+            assert not all_to_all.fault().item()
             if bootstrap.rank == 0:
-                all_to_all.dispatch(torch.ones(1, 64).bfloat16(), torch.tensor([[0, 3]]), torch.ones(1, 2))
+                try:
+                    all_to_all.dispatch(
+                        torch.ones(1, 64).bfloat16(), torch.tensor([[0, 3]]), torch.ones(1, 2)
+                    )
+                finally:
+                    assert all_to_all.fault().item()
 
     error = outcomes_of_ranks(2, body)[0].error
     assert isinstance(error, RankTimeoutError), error

@@ -1,7 +1,7 @@
 """Throughput after a loss, on emulated EFA: virtual time, in which devices and stand-ins cost nothing.
 
-What it shows is the network's share. Positions of lost ranks are on the NICs that were theirs, as stand-ins of one
-host have them; those of a lost node share the NICs of the ranks that serve them. The numbers:
+What it shows is the network's share. Positions of lost ranks are on the NICs that were theirs, as stand-ins
+of one host have them; those of a lost node share the NICs of the ranks that serve them. The numbers:
 
     python -m pytest -s tests/python/test_emulated_rank_loss.py
 """

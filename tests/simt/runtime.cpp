@@ -5,6 +5,16 @@
 
 namespace efa_ep::cuda {
 
+namespace {
+thread_local int tls_gpu = 0;
+}
+
+void use_gpu(int ordinal) { tls_gpu = ordinal; }
+
+Stream create_stream() { return reinterpret_cast<Stream>(simt::stream_create(tls_gpu)); }
+
+void destroy_stream(Stream stream) { simt::stream_sync(reinterpret_cast<simt::stream_t>(stream)); }
+
 void throw_if_launch_failed() {}
 
 bool is_done(Stream stream) {

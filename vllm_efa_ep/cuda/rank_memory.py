@@ -10,7 +10,7 @@ import torch
 
 from vllm_efa_ep import _core
 from vllm_efa_ep.config import Settings
-from vllm_efa_ep.cuda.arena import DeviceArena
+from vllm_efa_ep.cuda.arena import DeviceArena, DeviceView
 from vllm_efa_ep.cuda.driver import open_gpu, require_rdma
 from vllm_efa_ep.cuda.gdrcopy import GdrCopy
 from vllm_efa_ep.cuda.halves import CudaHalves
@@ -21,6 +21,8 @@ from vllm_efa_ep.pci_topology import gpu_affinity
 from vllm_efa_ep.rank_memory import Halves
 
 logger = logging.getLogger(__name__)
+
+_ERROR_WORD_BYTES = 8
 
 
 class GpuMemory:
@@ -35,6 +37,7 @@ class GpuMemory:
         self._ring_commands = 1 << (settings.ring_commands - 1).bit_length()
         self._signals_in_arena = False
         self._host: PinnedMemory | None = None
+        self._core: _core.CudaDevice | None = None
         self._cleanup = ExitStack()
 
     def create(self, size: int) -> DeviceArena:
@@ -55,7 +58,7 @@ class GpuMemory:
 
     def tensor(self, arena: DeviceArena, offset: int, size: int) -> torch.Tensor:
         """Return bytes of an arena; they keep it mapped."""
-        return torch.as_tensor(arena.view(offset, size), device=self.device)
+        return _tensor(arena.view(offset, size), self.device)
 
     def fabric_arguments(self) -> dict[str, Any]:
         """Choose the NICs near the GPU; log which, and why.
@@ -119,11 +122,24 @@ class GpuMemory:
         workspace = DeviceMemory(core.workspace_bytes)
         self._cleanup.callback(workspace.close)
         workspace.write(core.use_workspace(workspace.address))
+        self._core = core
         return CudaHalves(core, arguments["layout"], arguments["per_expert"])
 
     def first_room(self, capacity: int) -> int:
         """Kernels pack without asking the host, so there must be room for everything."""
         return capacity
+
+    def fault_word(self) -> torch.Tensor | None:
+        """Return the word in which kernels leave the first fault, to be read in the order of a stream."""
+        if self._host is None:
+            return None
+        address = self._host.device_address + _core.cuda_error_offset
+        return _tensor(DeviceView(self._host, address, _ERROR_WORD_BYTES), self.device)
+
+    def raise_fault(self) -> None:
+        """Raise what kernels have left in that word, or the proxy's failure."""
+        if self._core is not None:
+            self._core.throw_if_failed()
 
     def wait(self) -> None:
         """Wait for the kernels, and thereby until all their commands are in the ring."""
@@ -137,6 +153,7 @@ class GpuMemory:
 
     def close(self) -> None:
         """Free all but the arena, after ``stop``."""
+        self._core = None
         self._cleanup.close()
 
     def _host_block(self, layout: _core.Layout) -> PinnedMemory:
@@ -158,3 +175,7 @@ class GpuMemory:
                 raise
             logger.info("EFA EP: kernels poll signals in host memory, over PCIe, since %s", error)
             return None
+
+
+def _tensor(view: DeviceView, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(view, device=device)

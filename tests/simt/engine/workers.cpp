@@ -14,6 +14,7 @@ namespace simt {
 
 bool g_tsan = false, g_asan = false;
 SyncPoint g_tsan_anchor;
+VectorObserver g_vector_observer = nullptr;
 Config g_config;
 std::mutex g_mutex;
 std::vector<std::unique_ptr<Worker>> g_workers;
@@ -301,7 +302,7 @@ void configure(const Config& config) {
 }
 
 stream_t stream_create(int device, int max_resident_blocks) {
-  return new Stream{device, max_resident_blocks, {}, {}};
+  return new Stream{device, max_resident_blocks, {}, {}, nullptr};
 }
 
 void launch_raw(stream_t s, dim3 grid, dim3 block, size_t dyn_smem, std::function<void()> body,
@@ -313,6 +314,10 @@ void launch_raw(stream_t s, dim3 grid, dim3 block, size_t dyn_smem, std::functio
   if (dyn_smem > kSharedMemoryLimit) die("%s: %zu bytes of dynamic smem", name, dyn_smem);
 
   std::lock_guard<std::mutex> lock(g_mutex);
+  if (s->capture != nullptr) {
+    s->capture->nodes.push_back({grid, block, dyn_smem, std::move(body), name});
+    return;
+  }
   start_workers_locked();
   auto launch = std::make_unique<Launch>();
   launch->body = std::move(body);
@@ -324,6 +329,7 @@ void launch_raw(stream_t s, dim3 grid, dim3 block, size_t dyn_smem, std::functio
   launch->num_blocks = blocks;
   hb_release(&launch->start);
   const bool first = s->queue.empty();
+  if (first && !s->finished.empty()) launch->previous_finished = &s->finished.back()->finished;
   s->queue.push_back(std::move(launch));
   if (first) dispatch_locked(s);
 }
@@ -332,6 +338,7 @@ void stream_sync(stream_t s) {
   if (g_config.workers < 0 && !g_workers.empty()) run_inline(s);
   Watchdog watchdog;
   std::unique_lock<std::mutex> lock(g_mutex);
+  if (s->capture != nullptr) die("a stream that is captured was waited for");
   // The system clock on purpose: pthread_cond_clockwait is unknown to older TSan runtimes.
   while (!g_launch_done.wait_until(lock, std::chrono::system_clock::now() + std::chrono::seconds(1),
                                    [s]() { return s->queue.empty(); })) {
@@ -344,9 +351,31 @@ void stream_sync(stream_t s) {
   s->finished.clear();
 }
 
+void capture_begin(stream_t s) {
+  std::lock_guard<std::mutex> lock(g_mutex);
+  if (s->capture != nullptr) die("a stream is captured twice");
+  s->capture = std::make_unique<Graph>();
+}
+
+std::shared_ptr<Graph> capture_end(stream_t s) {
+  std::lock_guard<std::mutex> lock(g_mutex);
+  if (s->capture == nullptr) die("a capture ends that did not begin");
+  return std::move(s->capture);
+}
+
+size_t graph_size(const Graph& graph) { return graph.nodes.size(); }
+
+void graph_launch(const Graph& graph, stream_t s) {
+  for (const Graph::Node& node : graph.nodes) {
+    launch_raw(s, node.grid, node.block, node.dyn_smem, node.body, node.name);
+  }
+}
+
 void host_thread_checkpoint() {
   if (kTsanHasSlots) hb_release(&g_tsan_anchor);
 }
+
+void observe_vectors(VectorObserver observer) { g_vector_observer = observer; }
 
 Stats stats() {
   Stats total{};
