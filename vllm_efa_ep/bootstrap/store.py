@@ -70,8 +70,8 @@ class StoreBootstrap(Member):
         except RuntimeError as error:
             why = str(error)
         raise StoreLostError(
-            f"the store of torch.distributed does not answer: {why}; its host (usually rank 0) is dead or stuck. "
-            "Restart all ranks; a store outside of them survives each of them"
+            f"the store of torch.distributed does not answer: {why}; its host (usually rank 0) is dead or "
+            "stuck. Restart all ranks; a store outside of them survives each of them"
         )
 
 
