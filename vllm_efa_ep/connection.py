@@ -87,6 +87,7 @@ class Connection:
         """Stop watching, then the device, the proxy, and the fabric, then unmap."""
         self.watch.close()
         self.memory.stop()
+        self.memory.wait()
         self.proxy = None
         self._fabric = None
         self.arenas = []

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_efa_ep import _core
 from vllm_efa_ep.all_to_all_config import COMBINE_TYPES, AllToAllConfig
@@ -34,6 +34,9 @@ from vllm_efa_ep.stats import Totals
 from vllm_efa_ep.trace.files import write_trace
 from vllm_efa_ep.watch import Watch
 from vllm_efa_ep.world import World, join_world
+
+if TYPE_CHECKING:
+    from vllm_efa_ep.cuda.kept_memory import KeptMemory
 
 # Part of the deadline kept for finding out which rank is at fault.
 _DIAGNOSIS_SHARE = 0.1
@@ -63,8 +66,14 @@ class Generation:
         owners = config.placement(self.world.size)
         owners = tuple(owner if owner in membership.members else _core.NO_OWNER for owner in owners)
         self.stand_ins = [
-            StandIn(*each, _core.StandIn(**_device_arguments(config, settings, owners, *each)))
-            for each in stand_ins
+            StandIn(
+                world,
+                connection,
+                connection.memory.make_stand_in(
+                    _device_arguments(config, settings, owners, world, connection), self.connection.memory
+                ),
+            )
+            for world, connection in stand_ins
         ]
         # Without a reference to this instance, which would keep itself alive through the device.
         self._check_wait = partial(_check_wait, self.stand_ins, self.connection.watch)
@@ -136,6 +145,10 @@ class Generation:
         self._write_trace()
         self._device = None
         self.activations, self.results = [], []
+        # All of them first: on a GPU, to wait for one is to wait for all.
+        self.connection.memory.stop()
+        for stand_in in self.stand_ins:
+            stand_in.stop()
         while self.stand_ins:
             self.stand_ins.pop().close()
         self.connection.close()
@@ -167,10 +180,15 @@ def _check_wait(stand_ins: list[StandIn], watch: Watch, half: str, round: int, w
 
 
 def first_generation(
-    config: AllToAllConfig, bootstrap: Bootstrap, settings: Settings, must_agree: Mapping[str, Any]
+    config: AllToAllConfig,
+    bootstrap: Bootstrap,
+    settings: Settings,
+    must_agree: Mapping[str, Any],
+    kept: "KeptMemory | None",
 ) -> Generation:
     """Collective: start a world in which every rank is alive."""
-    position = _take_position(config, bootstrap, settings, must_agree, None, _memory(config, settings))
+    memory = memory_for(resolve_device(config.device), settings, kept)
+    position = _take_position(config, bootstrap, settings, must_agree, None, memory)
     membership = Membership.first(bootstrap.world_size, position[0].ranks_per_node)
     return Generation(config, bootstrap, settings, membership, position, [])
 
@@ -181,15 +199,12 @@ def build_generation(
     settings: Settings,
     must_agree: Mapping[str, Any],
     membership: Membership,
+    kept: "KeptMemory | None",
 ) -> Generation:
     """Collective between the members: connect all positions anew, the lost ones with stand-ins.
 
     Every position is connected as at the start, each in a thread of its own.
     """
-    if resolve_device(config.device) != "cpu" and len(membership.members) < bootstrap.world_size:
-        raise ConfigurationError(
-            "lost ranks have no stand-ins on GPUs; let them come back (rejoin), or restart without them"
-        )
     settings = replace(settings, ranks_per_node=membership.ranks_per_node)
     server_of = servers(bootstrap.world_size, membership.ranks_per_node, membership.members)
     own = [rank for rank, server in enumerate(server_of) if server == bootstrap.rank]
@@ -207,7 +222,9 @@ def build_generation(
 
     with ThreadPoolExecutor(len(own), "efa_ep_position") as threads:
         # Their memory is chosen here: torch's current GPU is this thread's.
-        futures = [threads.submit(take, each, _memory(config, settings)) for each in keys]
+        device = resolve_device(config.device)
+        memories = [memory_for(device, settings, kept if number == 0 else None) for number in range(len(own))]
+        futures = [threads.submit(take, *each) for each in zip(keys, memories, strict=True)]
     errors = list(filter(None, (future.exception() for future in futures)))
     if errors:
         for future in futures:
@@ -258,10 +275,6 @@ def _device_arguments(
         "arenas": connection.arenas,
         "proxy": connection.proxy,
     }
-
-
-def _memory(config: AllToAllConfig, settings: Settings) -> RankMemory:
-    return memory_for(resolve_device(config.device), settings)
 
 
 def _wait_seconds(settings: Settings) -> float:

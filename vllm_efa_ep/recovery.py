@@ -17,6 +17,7 @@ from vllm_efa_ep.errors import (
 )
 from vllm_efa_ep.generation import Generation, build_generation, first_generation
 from vllm_efa_ep.membership import Agreement, Membership
+from vllm_efa_ep.rank_memory import kept_memory_for, resolve_device
 from vllm_efa_ep.stats import Totals
 
 logger = logging.getLogger(__name__)
@@ -46,10 +47,11 @@ class Generations:
         self._past = Totals()  # of earlier generations
         self._failure: EfaEpError | None = None  # why there is no generation
         self._current: Generation | None = None
+        self._kept = kept_memory_for(resolve_device(config.device))
         if returning:
             self._come_back()
         else:
-            self._current = first_generation(config, bootstrap, settings, must_agree)
+            self._current = first_generation(config, bootstrap, settings, must_agree, self._kept)
         # Stand-ins keep their NICs, however many ranks a host has lost.
         nics = len(self.current().connection.description.nics)
         self._settings = replace(settings, nics_per_rank=nics or settings.nics_per_rank)
@@ -105,6 +107,8 @@ class Generations:
             self._current.connection.watch.leave()
         self._current.close()
         self._current = None
+        if self._kept is not None:
+            self._kept.close()
 
     def _finish(self, generation: Generation) -> None:
         try:
@@ -155,7 +159,7 @@ class Generations:
         for _ in range(_TRIES):
             try:
                 return build_generation(
-                    self._config, self._bootstrap, self._settings, self._must_agree, membership
+                    self._config, self._bootstrap, self._settings, self._must_agree, membership, self._kept
                 )
             except EfaEpError as error:
                 failure = f"generation {membership.generation} failed at its start: {error}"

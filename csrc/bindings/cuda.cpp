@@ -7,6 +7,7 @@
 #include "bindings/common.h"
 
 #include "cuda/device.h"
+#include "cuda/stand_in.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -43,6 +44,38 @@ void bind_host_block(nb::module_& m) {
                 DeviceRingReader(entries, &reinterpret_cast<HostBlock*>(base)->ring_tail, ring_commands);
           },
           nb::kw_only(), "host_address"_a, "ring_commands"_a);
+}
+
+nb::typed<nb::dict, std::string, nb::any> counters_of(const CudaDevice& device) {
+  const cuda::ChannelTotals totals = device.totals();
+  nb::dict result;
+  result["rounds"] = totals.rounds;
+  result["tokens"] = totals.tokens;
+  result["received_rows"] = totals.received_rows;
+  result["network_rows"] = totals.network_rows;
+  result["peer_rows"] = totals.peer_rows;
+  result["dropped_slots"] = totals.dropped_slots;
+  result["dropped_weight"] =
+      static_cast<double>(static_cast<int64_t>(totals.dropped_weight)) / cuda::ChannelTotals::kWeightUnits;
+  return result;
+}
+
+void bind_stand_in(nb::module_& m) {
+  using cuda::StandIn;
+  nb::class_<StandIn>(m, "CudaStandIn")
+      .def(
+          "__init__",
+          [](StandIn* self, CudaDevice& device, uintptr_t server_host_address, int gpu) {
+            new (self) StandIn(device, *pointer<const HostBlock>(server_host_address), gpu);
+          },
+          nb::kw_only(), "device"_a, "server_host_address"_a, "gpu"_a, nb::keep_alive<1, 2>(),
+          "The pinned memory of the rank that serves it outlives it.")
+      .def(
+          "wait_until_idle",
+          [](StandIn& self, double most_s) { return self.wait_until_idle(seconds(most_s)); }, "most_s"_a,
+          ReleaseLock())
+      .def("stop", &StandIn::stop, ReleaseLock())
+      .def("throw_if_failed", &StandIn::throw_if_failed);
 }
 
 void bind_quantisation(nb::module_& m) {
@@ -153,7 +186,9 @@ void bind_cuda(nb::module_& m) {
             device.combine_recv(channel, pointer<CUstream_st>(stream), pointer<std::byte>(out));
           },
           "channel"_a, "stream"_a, "out"_a, ReleaseLock())
+      .def("counters", [](const CudaDevice& device) { return counters_of(device); })
       .def("throw_if_failed", &CudaDevice::throw_if_failed);
+  bind_stand_in(m);
 }
 
 }  // namespace efa_ep::bindings

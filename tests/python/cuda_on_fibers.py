@@ -12,12 +12,18 @@ import importlib.util
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import vllm_efa_ep
+
+if TYPE_CHECKING:
+    from fake_driver import FakeDriver
 
 
 def load_core(directory: Path) -> ctypes.CDLL:
@@ -30,11 +36,62 @@ def load_core(directory: Path) -> ctypes.CDLL:
     sys.modules[spec.name] = vllm_efa_ep._core = core
     spec.loader.exec_module(core)
     library = ctypes.CDLL(str(path))
-    library.simt_new_stream.restype = ctypes.c_void_p
+    address, count = ctypes.c_void_p, ctypes.c_size_t
+    for name, result, *arguments in (
+        ("simt_new_stream", address, ctypes.c_int),
+        ("simt_fill_words", None, address, address, ctypes.c_uint32, count),
+        ("simt_capture_begin", None, address),
+        ("simt_capture_end", address, address),
+        ("simt_graph_size", count, address),
+        ("simt_graph_launch", None, address, address),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
 
 
-def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
+class Streams:
+    """What torch.cuda knows of streams and graphs. Each thread has a stream."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Make streams of the engine that is in ``library``."""
+        self._library = library
+        self._of_thread = threading.local()
+
+    def current(self) -> int:
+        """Return this thread's stream."""
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = self._library.simt_new_stream(0)
+        return self._of_thread.stream
+
+    def is_capturing(self) -> bool:
+        """Whether launches into this thread's stream are recorded."""
+        return getattr(self._of_thread, "capturing", False)
+
+    @contextmanager
+    def capture(self) -> Iterator[list[int]]:
+        """Record; the list gets the graph. The engine ends the process if somebody waits for the stream."""
+        graph: list[int] = []
+        self._library.simt_capture_begin(self.current())
+        self._of_thread.capturing = True
+        yield graph
+        self._of_thread.capturing = False
+        graph.append(self._library.simt_capture_end(self.current()))
+
+    def size(self, graph: list[int]) -> int:
+        """Return the number of a graph's launches."""
+        return self._library.simt_graph_size(graph[0])
+
+    def replay(self, graph: list[int]) -> None:
+        """Launch what was recorded."""
+        self._library.simt_graph_launch(graph[0], self.current())
+
+    def fill(self, address: int, value: int, count: int, stream: int) -> None:
+        """Do what cuMemsetD32Async does."""
+        self._library.simt_fill_words(stream, address, value, count)
+
+
+def fake_cuda(library: ctypes.CDLL, signals: str) -> tuple[Streams, "FakeDriver"]:
     """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library."""
     from fake_driver import FakeDriver
     from pci_trees import build, lines_of
@@ -42,13 +99,9 @@ def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
     from vllm_efa_ep import pci_topology
     from vllm_efa_ep.cuda import halves, rank_memory
 
-    FakeDriver().install()
-    local = threading.local()
-
-    def current_stream() -> int:
-        if not hasattr(local, "stream"):
-            local.stream = library.simt_new_stream(0)
-        return local.stream
+    driver, streams = FakeDriver(), Streams(library)
+    driver.cuMemsetD32Async = streams.fill  # type: ignore[method-assign]
+    driver.install()
 
     def synchronised(name: str) -> None:
         # What torch does with the tensors next would wait in the same stream.
@@ -56,15 +109,16 @@ def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
 
         def call(self: halves.CudaHalves, *arguments: object) -> object:
             result = half(self, *arguments)
-            self._core.wait(current_stream())
+            if not streams.is_capturing():
+                self._core.wait(streams.current())
             return result
 
         setattr(halves.CudaHalves, name, call)
 
     for name in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"):
         synchronised(name)
-    halves.current_stream = current_stream
-    halves.is_capturing = lambda: False
+    halves.current_stream = streams.current
+    halves.is_capturing = streams.is_capturing
     rank_memory.current_ordinal = lambda: 0
     rank_memory.current_device = lambda: torch.device("cpu")
     sysfs = build(Path(tempfile.mkdtemp()) / "sys", lines_of("p5"))
@@ -76,6 +130,7 @@ def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
     )
     if signals == "gdrcopy":
         rank_memory.GdrCopy = WindowIntoFakeMemory
+    return streams, driver
 
 
 class WindowIntoFakeMemory:

@@ -1,6 +1,9 @@
 // csrc/cuda/runtime.h on the engine, and how a Python test gets a stream.
 #include "cuda/runtime.h"
 
+#include <algorithm>
+#include <memory>
+
 #include "engine/simt.h"
 
 namespace efa_ep::cuda {
@@ -18,13 +21,38 @@ void destroy_stream(Stream stream) { simt::stream_sync(reinterpret_cast<simt::st
 void throw_if_launch_failed() {}
 
 bool is_done(Stream stream) {
+  if (!simt::stream_idle(reinterpret_cast<simt::stream_t>(stream))) return false;
   simt::stream_sync(reinterpret_cast<simt::stream_t>(stream));
   return true;
 }
 
 }  // namespace efa_ep::cuda
 
-/// A stream of the device with that number, for ctypes.
-extern "C" __attribute__((visibility("default"))) void* simt_new_stream(int device) {
-  return simt::stream_create(device);
+// For ctypes: streams, and what CUDA and torch do in them.
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+/// A stream of the device with that number.
+EXPORTED void* simt_new_stream(int device) { return simt::stream_create(device); }
+
+/// cuMemsetD32Async.
+EXPORTED void simt_fill_words(void* stream, uint32_t* words, uint32_t value, size_t count) {
+  simt::launch_raw(
+      static_cast<simt::stream_t>(stream), dim3(1), dim3(1), 0, [=] { std::fill_n(words, count, value); },
+      "fill");
+}
+
+EXPORTED void simt_capture_begin(void* stream) { simt::capture_begin(static_cast<simt::stream_t>(stream)); }
+
+/// A graph, which lives to the end of the process.
+EXPORTED void* simt_capture_end(void* stream) {
+  return new std::shared_ptr<simt::Graph>(simt::capture_end(static_cast<simt::stream_t>(stream)));
+}
+
+EXPORTED size_t simt_graph_size(void* graph) {
+  return simt::graph_size(**static_cast<std::shared_ptr<simt::Graph>*>(graph));
+}
+
+EXPORTED void simt_graph_launch(void* graph, void* stream) {
+  simt::graph_launch(**static_cast<std::shared_ptr<simt::Graph>*>(graph),
+                     static_cast<simt::stream_t>(stream));
 }

@@ -14,23 +14,46 @@ from vllm_efa_ep.cuda.driver import Gpu, bindings, call
 from vllm_efa_ep.errors import CudaError, DeviceUnavailableError
 
 
+class AddressRange:
+    """Reserved addresses, at which memory can be mapped and exchanged for other memory."""
+
+    def __init__(self, size: int) -> None:
+        """Reserve ``size`` bytes, a multiple of the GPU's granularity.
+
+        Raises:
+            CudaError: The driver refuses.
+
+        """
+        self.bytes = size
+        self.address = int(call(f"reserving {size} addresses", "cuMemAddressReserve", size, 0, 0, 0))
+        weakref.finalize(self, call, "freeing addresses", "cuMemAddressFree", self.address, size)
+
+
 class DeviceArena:
     """GPU memory that this process maps, its own or a local peer's."""
 
     huge_pages = False  # of the operating system, which has no part in this
 
-    def __init__(self, gpu: Gpu, address: int, size: int, descriptor: int, release: ExitStack) -> None:
-        """Take over ``size`` mapped bytes; ``release`` undoes everything, at the latest when this is gone."""
+    def __init__(self, gpu: Gpu, addresses: AddressRange, descriptor: int, release: ExitStack) -> None:
+        """Take over what is mapped at ``addresses``; ``release`` undoes it, at the latest when this dies."""
         self.gpu = gpu
-        self.address = address
-        self.bytes = size
+        self.address = addresses.address
+        self.bytes = addresses.bytes
+        #: None once it is closed.
+        self.addresses: AddressRange | None = addresses
         #: To be passed to local peers; -1 for a peer's arena.
         self.descriptor = descriptor
         self._release = weakref.finalize(self, release.close)
 
     @classmethod
-    def create(cls, gpu: Gpu, wanted: int) -> "DeviceArena":
+    def create(cls, gpu: Gpu, wanted: int, addresses: AddressRange | None = None) -> "DeviceArena":
         """Allocate at least ``wanted`` zero bytes on ``gpu`` that peers can map and NICs can write.
+
+        Args:
+            gpu: Where.
+            wanted: How many.
+            addresses: Those of an earlier arena of this size, at which nothing is mapped any more; default:
+                new ones.
 
         Raises:
             CudaError: The driver refuses, for example because the GPU's memory is used up.
@@ -55,10 +78,11 @@ class DeviceArena:
             cleanup.callback(call, "freeing", "cuMemRelease", handle)
             descriptor = call(purpose, "cuMemExportToShareableHandle", handle, _file_descriptor(), 0)
             cleanup.callback(os.close, descriptor)
-            address = _map(gpu, handle, size, cleanup)
-            call(purpose, "cuMemsetD8", address, 0, size)
+            addresses = AddressRange(size) if addresses is None else addresses
+            _map(gpu, handle, addresses, cleanup)
+            call(purpose, "cuMemsetD8", addresses.address, 0, size)
             call(purpose, "cuCtxSynchronize")
-            return cls(gpu, address, size, descriptor, cleanup.pop_all())
+            return cls(gpu, addresses, descriptor, cleanup.pop_all())
 
     @classmethod
     def map(cls, gpu: Gpu, descriptor: int, size: int) -> "DeviceArena":
@@ -73,8 +97,9 @@ class DeviceArena:
         with ExitStack() as cleanup:
             handle = call(purpose, "cuMemImportFromShareableHandle", descriptor, _file_descriptor())
             cleanup.callback(call, "freeing", "cuMemRelease", handle)
+            addresses = AddressRange(size)
             try:
-                address = _map(gpu, handle, size, cleanup)
+                _map(gpu, handle, addresses, cleanup)
             except CudaError as error:
                 if "CUDA_ERROR_INVALID_DEVICE" not in str(error):
                     raise
@@ -82,7 +107,7 @@ class DeviceArena:
                     f"GPU {gpu.ordinal} cannot reach a local peer's GPU ({error}); ranks of one node need "
                     "NVLink or PCIe peer access (`nvidia-smi topo -p2p rw`), or set EFA_EP_RANKS_PER_NODE=1"
                 ) from error
-            return cls(gpu, address, size, -1, cleanup.pop_all())
+            return cls(gpu, addresses, -1, cleanup.pop_all())
 
     def export_dmabuf(self) -> int:
         """Return a dma-buf of the whole arena, the caller's to close; -1 where the driver has none.
@@ -102,6 +127,7 @@ class DeviceArena:
     def close(self) -> None:
         """Unmap and free now, and not when the last view of it is gone."""
         self._release()
+        self.addresses = None
 
 
 class DeviceView:
@@ -119,19 +145,17 @@ class DeviceView:
         }
 
 
-def _map(gpu: Gpu, handle: Any, size: int, cleanup: ExitStack) -> int:
+def _map(gpu: Gpu, handle: Any, addresses: AddressRange, cleanup: ExitStack) -> None:
     """Map an allocation where this process and ``gpu`` can use it; what undoes that goes onto ``cleanup``."""
+    pointer, size = addresses.address, addresses.bytes
     purpose = f"mapping {size} bytes for GPU {gpu.ordinal}"
     cuda = bindings()
-    pointer = call(purpose, "cuMemAddressReserve", size, 0, 0, 0)
-    cleanup.callback(call, "freeing addresses", "cuMemAddressFree", pointer, size)
     call(purpose, "cuMemMap", pointer, size, 0, handle, 0)
     cleanup.callback(call, "unmapping", "cuMemUnmap", pointer, size)
     access = cuda.CUmemAccessDesc()
     access.location = _location(gpu)
     access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
     call(purpose, "cuMemSetAccess", pointer, size, [access], 1)
-    return int(pointer)
 
 
 def _location(gpu: Gpu) -> Any:
