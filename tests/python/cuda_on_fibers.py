@@ -39,6 +39,7 @@ def load_core(directory: Path) -> ctypes.CDLL:
     address, count = ctypes.c_void_p, ctypes.c_size_t
     for name, result, *arguments in (
         ("simt_new_stream", address, ctypes.c_int),
+        ("simt_synchronize", None),
         ("simt_fill_words", None, address, address, ctypes.c_uint32, count),
         ("simt_capture_begin", None, address),
         ("simt_capture_end", address, address),
@@ -101,6 +102,7 @@ def fake_cuda(library: ctypes.CDLL, signals: str) -> tuple[Streams, "FakeDriver"
 
     driver, streams = FakeDriver(), Streams(library)
     driver.cuMemsetD32Async = streams.fill  # type: ignore[method-assign]
+    driver.cuCtxSynchronize = library.simt_synchronize  # type: ignore[method-assign]
     driver.install()
 
     def synchronised(name: str) -> None:

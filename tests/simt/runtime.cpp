@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "engine/simt.h"
 
@@ -10,11 +11,14 @@ namespace efa_ep::cuda {
 
 namespace {
 thread_local int tls_gpu = 0;
-}
+thread_local std::vector<simt::stream_t> tls_streams;
+
+simt::stream_t new_stream(int device) { return tls_streams.emplace_back(simt::stream_create(device)); }
+}  // namespace
 
 void use_gpu(int ordinal) { tls_gpu = ordinal; }
 
-Stream create_stream() { return reinterpret_cast<Stream>(simt::stream_create(tls_gpu)); }
+Stream create_stream() { return reinterpret_cast<Stream>(new_stream(tls_gpu)); }
 
 void destroy_stream(Stream stream) { simt::stream_sync(reinterpret_cast<simt::stream_t>(stream)); }
 
@@ -32,7 +36,12 @@ bool is_done(Stream stream) {
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 /// A stream of the device with that number.
-EXPORTED void* simt_new_stream(int device) { return simt::stream_create(device); }
+EXPORTED void* simt_new_stream(int device) { return efa_ep::cuda::new_stream(device); }
+
+/// cuCtxSynchronize, where each rank is a thread: waits for the streams that this one has made.
+EXPORTED void simt_synchronize() {
+  for (const simt::stream_t stream : efa_ep::cuda::tls_streams) simt::stream_sync(stream);
+}
 
 /// cuMemsetD32Async.
 EXPORTED void simt_fill_words(void* stream, uint32_t* words, uint32_t value, size_t count) {
