@@ -47,12 +47,12 @@ class KeptMemory:
             self._workspace.clear()
         return self._workspace
 
-    def arena(self, gpu: Gpu, size: int) -> DeviceArena:
+    def arena(self, gpu: Gpu, size: int, fabric: bool) -> DeviceArena:
         """Return a new arena where the last one was. Tensors of that one show the new one from now on."""
         last = self._arena() if self._arena is not None else None
         if last is not None:
             last.close()
-        arena = DeviceArena.create(gpu, size, self._addresses)
+        arena = DeviceArena.create(gpu, size, self._addresses, fabric)
         self._addresses = arena.addresses
         self._arena = weakref.ref(arena)
         return arena
