@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_efa_ep import _core
-from vllm_efa_ep.all_to_all_config import COMBINE_TYPES, AllToAllConfig
+from vllm_efa_ep.all_to_all_config import COMBINE_TYPES, QUANTISATIONS, AllToAllConfig
 from vllm_efa_ep.arena_views import activations, results
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.generation import GenerationBootstrap
@@ -78,11 +78,20 @@ class Generation:
         # Without a reference to this instance, which would keep itself alive through the device.
         self._check_wait = partial(_check_wait, self.stand_ins, self.connection.watch)
         self._device: Halves | None = self.connection.memory.make_halves(
-            _device_arguments(config, settings, owners, *position), self._check_wait
+            {
+                **_device_arguments(config, settings, owners, *position),
+                "quantisation": QUANTISATIONS[config.quantisation],
+            },
+            self._check_wait,
         )
         layout = config.core_layout(self.world.size, self.world.ranks_per_node)
         channels = range(config.channels)
-        self.activations = [activations(self.connection, layout, channel, config) for channel in channels]
+        #: By channel; none if rows are quantised on their way.
+        self.activations = [
+            activations(self.connection, layout, channel, config)
+            for channel in channels
+            if config.quantisation == "none"
+        ]
         self.results = [results(self.connection, layout, channel, config) for channel in channels]
 
     def start_round(self, channel: int) -> int:
@@ -252,7 +261,8 @@ def _take_position(
     server_of: tuple[int, ...] | None,
     memory: RankMemory,
 ) -> tuple[World, Connection]:
-    world = join_world(bootstrap, must_agree, settings.ranks_per_node, server_of)
+    on_fabric = settings.gpu_handles == "fabric" and resolve_device(config.device) == "cuda"
+    world = join_world(bootstrap, must_agree, settings.ranks_per_node, server_of, on_fabric)
     config.check(world.size, world.ranks_per_node)
     layout = config.core_layout(world.size, world.ranks_per_node)
     return world, connect(world, layout, bootstrap, settings, _wait_seconds(settings), memory)

@@ -43,8 +43,9 @@ class Halves(Protocol):
         ids_are_64_bit: bool,
         weights: int,
         tokens: int,
+        token_count: int,
     ) -> None:
-        """Start a round."""
+        """Start a round; ``token_count`` is the address of how many of ``tokens`` count, or 0: all."""
 
     def dispatch_recv(
         self, channel: int, room: int, x: int, scales: int, ids: int, weights: int, tokens_per_expert: int
@@ -111,8 +112,11 @@ class RankMemory(Protocol):
     def create(self, size: int) -> Any:
         """Allocate the arena."""
 
-    def map(self, descriptor: int, size: int) -> Any:
-        """Map a local peer's arena."""
+    def fabric_handle(self, arena: Any) -> bytes:
+        """Return what peers map in the place of its descriptor, on other hosts, too; empty: they cannot."""
+
+    def map(self, shared: Any, size: int) -> Any:
+        """Map a peer's arena: its descriptor, or its fabric handle."""
 
     def tensor(self, arena: Any, offset: int, size: int) -> torch.Tensor:
         """Return bytes of an arena as uint8 ``[size]``; they keep it mapped."""
@@ -157,6 +161,10 @@ class HostMemory:
     def create(self, size: int) -> _core.Arena:
         """Allocate the arena."""
         return _core.Arena.create(size)
+
+    def fabric_handle(self, arena: _core.Arena) -> bytes:  # noqa: ARG002
+        """Return none: no other host can map it."""
+        return b""
 
     def map(self, descriptor: int, size: int) -> _core.Arena:
         """Map a local peer's arena."""

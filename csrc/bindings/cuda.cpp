@@ -78,26 +78,18 @@ void bind_stand_in(nb::module_& m) {
       .def("throw_if_failed", &StandIn::throw_if_failed);
 }
 
-void bind_quantisation(nb::module_& m) {
-  nb::enum_<cuda::Quantisation>(m, "Quantisation")
-      .value("none", cuda::Quantisation::kNone)
-      .value("fp8", cuda::Quantisation::kFp8)
-      .value("fp8_power_of_2", cuda::Quantisation::kFp8PowerOf2);
-}
-
 }  // namespace
 
 void bind_cuda(nb::module_& m) {
   // Empty in builds without kernels, whose launches throw.
   m.attr("cuda_architectures") = EFA_EP_CUDA_ARCHITECTURES;
   bind_host_block(m);
-  bind_quantisation(m);
   nb::class_<CudaDevice>(m, "CudaDevice")
       .def(
           "__init__",
           [](CudaDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
              ScalarType combine_type, bool per_expert, double timeout_s, uint32_t num_sms,
-             cuda::Quantisation quantisation, uint64_t chunk_bytes, const std::vector<uintptr_t>& arenas,
+             Quantisation quantisation, uint64_t chunk_bytes, const std::vector<uintptr_t>& arenas,
              uintptr_t host_address, uintptr_t host_address_on_device, uint32_t ring_commands,
              bool signals_in_arena, Proxy* proxy, const CheckWait& check_wait) {
             cuda::CudaDeviceOptions options;
@@ -134,7 +126,8 @@ void bind_cuda(nb::module_& m) {
       .def(
           "dispatch_send",
           [](CudaDevice& device, uint32_t channel, uintptr_t stream, uintptr_t x, size_t x_stride,
-             uintptr_t scales, uintptr_t ids, bool ids_are_64_bit, uintptr_t weights, uint32_t tokens) {
+             uintptr_t scales, uintptr_t ids, bool ids_are_64_bit, uintptr_t weights, uint32_t tokens,
+             uintptr_t token_count) {
             cuda::DispatchInput input;
             input.x = pointer<const std::byte>(x);
             input.x_stride = x_stride;
@@ -143,10 +136,11 @@ void bind_cuda(nb::module_& m) {
             input.ids_are_64_bit = ids_are_64_bit;
             input.weights = pointer<const float>(weights);
             input.tokens = tokens;
+            input.tokens_on_device = pointer<const int32_t>(token_count);
             device.dispatch_send(channel, pointer<CUstream_st>(stream), input);
           },
           "channel"_a, "stream"_a, "x"_a, "x_stride"_a, "scales"_a, "ids"_a, "ids_are_64_bit"_a, "weights"_a,
-          "tokens"_a, ReleaseLock())
+          "tokens"_a, "token_count"_a, ReleaseLock())
       .def(
           "dispatch_recv",
           [](CudaDevice& device, uint32_t channel, uintptr_t stream, uintptr_t x, uintptr_t scales,

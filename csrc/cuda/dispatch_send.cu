@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Context at = context_of(state, channel);
   const uint32_t tokens = tokens_of(input);
   if (block_may_run(at.device)) {
-    if (tokens > at.layout().max_tokens) {
+    if (tokens > input.tokens) {
       fail(at, Fault::kTooManyTokens, at.device.rank, static_cast<int32_t>(tokens));
     } else {
       mark_tokens(at, input, tokens, scratch[warp_id()]);

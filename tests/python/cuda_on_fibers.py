@@ -169,10 +169,30 @@ def play_scenes(libfabric: str, signals: str) -> None:
                 libfabric=libfabric,
                 chunk_bytes=1000,
                 gpu_signals=signals,
+                gpu_handles="fabric" if signals == "gdrcopy" else "descriptor",
                 num_sms=2,
             )
             play(scene, settings)
             print("played", nodes, ranks_per_node, config.layout, per_slot, flush=True)
+
+
+def quantise_and_count(libfabric: str, signals: str) -> None:
+    """Let kernels quantise tokens, and read how many there are."""
+    from quantised_rounds import config_of, play
+    from thread_world import ThreadBootstrap, outcomes_of_ranks, settings_of
+
+    from vllm_efa_ep import AllToAll
+
+    settings = settings_of(1, provider="efaemu", libfabric=libfabric, gpu_signals=signals, num_sms=2)
+    for quantisation in ("fp8", "fp8_ue8m0"):
+
+        def body(bootstrap: ThreadBootstrap, quantisation: str = quantisation) -> None:
+            with AllToAll(config_of(quantisation, "cuda"), bootstrap, settings) as all_to_all:
+                play(all_to_all, 3)
+
+        for outcome in outcomes_of_ranks(2, body):
+            outcome.get()
+        print("quantised", quantisation, flush=True)
 
 
 def time_out() -> None:
@@ -200,6 +220,7 @@ def main() -> None:
     directory, libfabric, signals = sys.argv[1:]
     fake_cuda(load_core(Path(directory)), signals)
     play_scenes(libfabric, signals)
+    quantise_and_count(libfabric, signals)
     time_out()
 
 

@@ -36,6 +36,7 @@ class Graph:
     x: torch.Tensor = field(default_factory=lambda: torch.zeros(_TOKENS, _HIDDEN))
     ids: torch.Tensor = field(default_factory=lambda: torch.zeros(_TOKENS, _TOP_K, dtype=torch.int32))
     weights: torch.Tensor = field(default_factory=lambda: torch.zeros(_TOKENS, _TOP_K))
+    count: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
     out: torch.Tensor = field(default_factory=lambda: torch.zeros(_TOKENS, _HIDDEN))
     recorded: list[int] = field(default_factory=list)
 
@@ -44,7 +45,7 @@ class Graph:
         with _ALONE:  # the list of calls is the whole process's
             before = len(self.driver.calls)
             with self.streams.capture() as self.recorded:
-                received, handle = all_to_all.dispatch(self.x, self.ids, self.weights)
+                received, handle = all_to_all.dispatch(self.x, self.ids, self.weights, count=self.count)
                 all_to_all.combine(received.x, handle, self.out, weights_applied=False)
             assert self.driver.calls[before:] == [], self.driver.calls[before:]
         assert self.streams.size(self.recorded) == _KERNELS
@@ -59,12 +60,16 @@ class Graph:
             self.x.copy_(torch.randint(-8, 9, self.x.shape, generator=random))
             self.ids.copy_(torch.randint(-1, _EXPERTS, self.ids.shape, generator=random))
             self.weights.copy_(torch.randint(1, 8, self.weights.shape, generator=random) / 4)
+            self.count.copy_(torch.randint(_TOKENS // 2, _TOKENS + 1, (1,), generator=random))
+            self.out.zero_()
             self.streams.replay(self.recorded)
             all_to_all._generations.current()._device._core.wait(self.streams.current())
-            arrives = (self.ids >= 0) & live[owners[self.ids.clamp(min=0).long()]]
+            counted = torch.arange(_TOKENS).unsqueeze(1) < self.count
+            named = (self.ids >= 0) & counted
+            arrives = named & live[owners[self.ids.clamp(min=0).long()]]
             want = self.x * (self.weights * arrives).sum(1, keepdim=True)
             torch.testing.assert_close(self.out, want, rtol=0, atol=0)
-            dropped += int(((self.ids >= 0) & ~arrives).sum())
+            dropped += int((named & ~arrives).sum())
         return dropped
 
 

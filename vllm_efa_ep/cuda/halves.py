@@ -35,10 +35,12 @@ class CudaHalves:
         ids_are_64_bit: bool,
         weights: int,
         tokens: int,
+        token_count: int,
     ) -> None:
         """Launch the start of a round."""
+        stream = current_stream()
         self._core.dispatch_send(
-            channel, current_stream(), x, x_stride, scales, ids, ids_are_64_bit, weights, tokens
+            channel, stream, x, x_stride, scales, ids, ids_are_64_bit, weights, tokens, token_count
         )
 
     def dispatch_recv(

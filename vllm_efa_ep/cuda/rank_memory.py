@@ -59,13 +59,17 @@ class GpuMemory:
 
         """
         self._gpu = open_gpu(self._ordinal)
-        return self._kept.arena(self._gpu, size)
+        return self._kept.arena(self._gpu, size, self._settings.gpu_handles == "fabric")
 
-    def map(self, descriptor: int, size: int) -> DeviceArena:
-        """Map a local peer's arena."""
+    def fabric_handle(self, arena: DeviceArena) -> bytes:
+        """Return what peers map in the place of its descriptor, if it has none."""
+        return arena.fabric_handle
+
+    def map(self, shared: int | bytes, size: int) -> DeviceArena:
+        """Map a peer's arena."""
         gpu = self._opened()
         gpu.use()
-        return DeviceArena.map(gpu, descriptor, size)
+        return DeviceArena.map(gpu, shared, size)
 
     def tensor(self, arena: DeviceArena, offset: int, size: int) -> torch.Tensor:
         """Return bytes of an arena; they keep it mapped."""
@@ -125,7 +129,8 @@ class GpuMemory:
 
     def make_stand_in(self, arguments: dict[str, Any], server: "GpuMemory") -> GpuStandIn:
         """Return what serves a lost rank's position; ``server`` is the memory of the rank that does."""
-        device = self._make_device(arguments, lambda *_: None)
+        quantisation = _core.Quantisation.none  # of no tokens
+        device = self._make_device({**arguments, "quantisation": quantisation}, lambda *_: None)
         host, server_host = self._host_block(arguments["layout"]), server._host_block(arguments["layout"])
         return GpuStandIn(device, host.address, server_host.address, self._ordinal)
 
@@ -134,7 +139,6 @@ class GpuMemory:
         core = _core.CudaDevice(
             **{**arguments, "arenas": [arena.address for arena in arguments["arenas"]]},
             num_sms=self._settings.num_sms,
-            quantisation=_core.Quantisation.none,
             chunk_bytes=self._settings.chunk_bytes,
             host_address=host.address,
             host_address_on_device=host.device_address,
