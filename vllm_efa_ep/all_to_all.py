@@ -302,10 +302,22 @@ class AllToAll:
         gone = {*range(self.world_size)} - {*generation.membership.members} | generation.connection.watch.gone
         return tuple(sorted(gone))
 
-    @property
-    def failed(self) -> bool:
-        """Whether a half has failed, so that all of them raise until ``mask``."""
-        return self._generations.current().failure is not None
+    def fault(self) -> torch.Tensor:
+        """Return a bool on the instance's device: whether a half has failed, in the current stream's order.
+
+        A half that fails raises when it is called, or on CUDA when the next one is. A replayed CUDA graph
+        calls none, so ask here before its results are used. Never waits.
+        """
+        return self._generations.current().fault()
+
+    def raise_fault(self) -> None:
+        """Raise what ``fault`` found.
+
+        Raises:
+            EfaEpError: As the half would have.
+
+        """
+        self._generations.current().raise_fault()
 
     @property
     def incarnation(self) -> int:

@@ -177,10 +177,11 @@ SETTINGS: tuple[Setting, ...] = (
         "integer",
         256 * 1024,
         "bytes",
-        "Longest write. Rows of one pair are cut into equal chunks of at most this size, doubled as often as "
-        "the completion queues need to hold all that can arrive.",
+        "Size of a write. The rows of a pair are cut into as many equal chunks as come nearest to it, the "
+        "longest less than a row above one and a half of it. Doubled as often as the completion queues need "
+        "to hold all that can arrive.",
         minimum=1,
-        maximum=2**30,
+        maximum=2**25,
     ),
     Setting(
         "EFA_EP_RING_COMMANDS",

@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from vllm_efa_ep import _core
 from vllm_efa_ep.all_to_all_config import COMBINE_TYPES, QUANTISATIONS, AllToAllConfig
 from vllm_efa_ep.arena_views import activations, results
@@ -120,6 +122,20 @@ class Generation:
         # caller keeps the error.
         del device
         raise failure.with_traceback(None)
+
+    def fault(self) -> torch.Tensor:
+        """Return a bool where the tensors are, in the current stream's order: whether a half has failed."""
+        memory = self.connection.memory
+        word = memory.fault_word()
+        if self.failure is not None or word is None:
+            return torch.tensor(self.failure is not None, device=memory.device)
+        return (word != 0).any()
+
+    def raise_fault(self) -> None:
+        """Raise the failure of a half, which in a replayed CUDA graph had no call to raise it."""
+        if self.failure is not None:
+            raise self.failure.with_traceback(None)
+        self.call(lambda _: self.connection.memory.raise_fault())
 
     def totals(self) -> Totals:
         """Return what this rank's own position has done."""

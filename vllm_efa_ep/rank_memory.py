@@ -139,6 +139,12 @@ class RankMemory(Protocol):
     def first_room(self, capacity: int) -> int:
         """Return for how many rows the output has room at the start; it grows where it can."""
 
+    def fault_word(self) -> torch.Tensor | None:
+        """Return bytes that are not 0 once a half has failed; None where a half that fails raises."""
+
+    def raise_fault(self) -> None:
+        """Raise the failure of a half that could not raise it."""
+
     def wait(self) -> None:
         """Wait for the halves that were called; each has its own deadline."""
 
@@ -197,6 +203,13 @@ class HostMemory:
     def first_room(self, capacity: int) -> int:  # noqa: ARG002
         """Rows are counted before they are packed, so room can wait."""
         return 0
+
+    def fault_word(self) -> torch.Tensor | None:
+        """Halves raise."""
+        return None
+
+    def raise_fault(self) -> None:
+        """Halves raise."""
 
     def wait(self) -> None:
         """Halves are over when they return."""

@@ -3,6 +3,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
+#include <cstddef>
 
 #include "bindings/common.h"
 
@@ -28,6 +29,7 @@ void bind_host_block(nb::module_& m) {
   m.def(
       "cuda_signals_offset", [](uint32_t ring_commands) { return HostBlock::signals_offset(ring_commands); },
       "ring_commands"_a, "Where in it the signals are, if they are not in the arena.");
+  m.attr("cuda_error_offset") = offsetof(HostBlock, error);
   m.def(
       "cuda_stop",
       [](uintptr_t host_address) {

@@ -28,36 +28,6 @@ using namespace efa_ep::bindings;
 
 namespace {
 
-nb::object python_error(const char* name) { return nb::module_::import_("vllm_efa_ep.errors").attr(name); }
-
-void raise(const char* name, const std::exception& error) {
-  PyErr_SetString(python_error(name).ptr(), error.what());
-}
-
-void raise(const nb::object& instance) {
-  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())), instance.ptr());
-}
-
-// Most derived first: every class of errors.h becomes the class of the same name in vllm_efa_ep.errors.
-void translate(const std::exception_ptr& pointer, void*) {
-  try {
-    std::rethrow_exception(pointer);
-  } catch (const ConfigurationError& error) {
-    raise("ConfigurationError", error);
-  } catch (const FabricUnavailableError& error) {
-    raise("FabricUnavailableError", error);
-  } catch (const CudaError& error) {
-    raise("CudaError", error);
-  } catch (const TransportError& error) {
-    raise(python_error("TransportError")(error.what(), error.peer));
-  } catch (const RankTimeoutError& error) {
-    raise(python_error("RankTimeoutError")(error.what(), error.half, error.round,
-                                           nb::tuple(nb::cast(error.missing))));
-  } catch (const ProtocolError& error) {
-    raise("ProtocolError", error);
-  }
-}
-
 using Counters = nb::typed<nb::dict, std::string, uint64_t>;
 
 nb::typed<nb::dict, std::string, nb::any> describe(const FabricDescription& description) {
@@ -413,7 +383,7 @@ NB_MODULE(_core, m) {
   // A tensor that lives to the end of the process keeps its arena, rightly.
   nb::set_leak_warnings(false);
   m.doc() = "The compiled half of vllm_efa_ep; use vllm_efa_ep.AllToAll.";
-  nb::register_exception_translator(translate);
+  register_errors();
   bind_protocol(m);
   bind_memory(m);
   bind_fabric(m);

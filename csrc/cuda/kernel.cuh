@@ -9,8 +9,12 @@
 
 namespace efa_ep::cuda {
 
-inline constexpr uint32_t kThreads = 256;
-inline constexpr uint32_t kWarps = kThreads / 32;
+// Smaller where tests have to keep the number of threads down.
+#ifndef EFA_EP_WARPS_PER_BLOCK
+#define EFA_EP_WARPS_PER_BLOCK 8
+#endif
+inline constexpr uint32_t kWarps = EFA_EP_WARPS_PER_BLOCK;
+inline constexpr uint32_t kThreads = 32 * kWarps;
 /// Allows 64 registers a thread. Blocks of two channels, and of the caller's kernels, then fit one SM.
 inline constexpr uint32_t kBlocksPerSm = 4;
 inline constexpr uint32_t kFullWarp = 0xFFFFFFFFu;
@@ -39,7 +43,9 @@ struct Context {
 DP_DEVICE bool has_failed(const DeviceState& device) { return dp::ld_relaxed_gpu(device.failed) != 0; }
 
 /// Asked by whole blocks when they start: threads that leave alone would be missed at the next barrier.
-DP_DEVICE bool block_may_run(const DeviceState& device) { return !__syncthreads_or(has_failed(device)); }
+DP_DEVICE bool block_may_run(const DeviceState& device) {
+  return !__syncthreads_or(threadIdx.x == 0 && has_failed(device));
+}
 
 /// Reports a fault, if it is the instance's first.
 DP_DEVICE void fail(const Context& at, Fault fault, uint32_t rank, int64_t detail = 0) {

@@ -16,6 +16,8 @@ std::byte* allocate_zeroed(size_t bytes) {
   return memory;
 }
 
+uint64_t arrivals(const Proxy* proxy) { return proxy == nullptr ? 0 : proxy->counters().immediates; }
+
 /// A stand-in's: no tokens, no experts.
 class NoWorkload final : public EmulatedWorkload {
  public:
@@ -170,16 +172,18 @@ void EmulatedWorld::step(uint32_t index) {
   Rank& rank = ranks_[index];
   if (rank.error || !network_.alive(index) || network_.frozen(index)) return;
   no_deadline_before_ = std::min(no_deadline_before_, deadline_of(index));
-  bool moved = false;
-  while (rank.proxy && rank.proxy->help()) moved = true;
+  const uint64_t arrived = arrivals(rank.proxy.get());
+  while (rank.proxy && rank.proxy->help()) continue;
+  // What arrived here, or what this rank did, may be what a rank of its node waits for. That its own writes
+  // are complete is no news to others.
+  bool news = arrivals(rank.proxy.get()) != arrived;
   guard(index, [&] {
     if (rank.proxy) rank.proxy->throw_if_failed();
     for (uint32_t channel = 0; channel < rank.channels.size(); ++channel) {
-      moved |= advance_channel(index, channel);
+      news |= advance_channel(index, channel);
     }
   });
-  if (!moved) return;
-  // What this rank did may be what a rank of its node waits for.
+  if (!news) return;
   const Topology& topology = options_.layout.topology;
   for (uint32_t local = 0; local < topology.ranks_per_node; ++local) {
     enqueue(topology.rank_at(topology.node_of(index), local));

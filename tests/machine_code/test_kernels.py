@@ -1,100 +1,50 @@
-"""The machine code that nvcc makes of csrc/cuda: no spills, few registers, wide accesses, few fences.
+"""The machine code that nvcc makes of csrc/cuda keeps to the gates, on every architecture."""
 
-Needs nvcc (CUDA 13) and cuobjdump, but no GPU. What a kernel may use is fixed here, so that a change that
-costs registers or fences shows in review.
-"""
-
-import collections
 import concurrent.futures
 import os
 import pathlib
-import re
-import shutil
-import subprocess
-import sysconfig
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
-MOST_REGISTERS = 64
-# Places in a kernel's code that make the SM wait for the whole system: releases to peers and the proxy,
-# acquires after waits, and the error word wherever something can fail. How often they run is tested in
-# tests/simt.
-MOST_SYSTEM_FENCES = 11
-ROW_KERNELS = ("stage_tokens", "pack_rows", "reduce_rows", "sum_rail", "gather_tokens")
+from tests.machine_code import gates, sass
 
-
-def _tool(name: str) -> str:
-    wheels = f"{sysconfig.get_path('purelib')}/nvidia/cu13"
-    for directory in (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", wheels):
-        found = shutil.which(name, path=f"{directory}/bin")
-        if found:
-            return found
-    pytest.skip(f"{name} not found: set CUDA_HOME, or pip install the test extra")
+ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a", "sm_103a"]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, pathlib.Path]:
-    """Compiles every source for one architecture. A spill or local memory is an error of ptxas."""
-    nvcc = _tool("nvcc")
+) -> tuple[list[str], list[tuple[str, list[sass.Instruction]]]]:
+    """The log of every source, and all kernels."""
+    sass.tool("nvdisasm")
     directory = tmp_path_factory.mktemp(request.param)
-    flags = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "--expt-relaxed-constexpr", f"-arch={request.param}"]
-    gate = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror"]
 
-    def compile_one(source: pathlib.Path) -> pathlib.Path:
-        cubin = directory / f"{source.stem}.cubin"
-        command = [nvcc, *flags, *gate, "-cubin", str(source), "-o", str(cubin)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=600)
+    def compile_one(source: pathlib.Path) -> tuple[str, list[tuple[str, list[sass.Instruction]]]]:
+        done = sass.compile_kernels(source, request.param, directory)
         assert done.returncode == 0, done.stderr
-        log = cubin.with_suffix(".log")
-        log.write_text(done.stderr)
-        return log
+        return done.stderr, sass.instructions(directory / f"{source.stem}.cubin")
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {log.stem: log for log in pool.map(compile_one, SOURCES)}
+        logs, kernels = zip(*pool.map(compile_one, sass.SOURCES), strict=True)
+    return list(logs), [kernel for of_source in kernels for kernel in of_source]
 
 
-def test_registers_leave_room_for_four_blocks_per_sm(compiled: dict[str, pathlib.Path]) -> None:
+def test_registers_leave_room_for_four_blocks_per_sm(
+    compiled: tuple[list[str], list[tuple[str, list[sass.Instruction]]]],
+) -> None:
     """Blocks of both channels, and of the caller, fit one SM."""
-    used = [int(n) for log in compiled.values() for n in re.findall(r"Used (\d+) registers", log.read_text())]
-    assert len(used) >= 18
-    assert max(used) <= MOST_REGISTERS
+    used = [count for log in compiled[0] for count in sass.registers(log)]
+    assert len(used) == len(compiled[1]) >= 18
+    assert max(used) <= gates.MOST_REGISTERS
 
 
-def _instructions(cubin: pathlib.Path) -> dict[str, collections.Counter[str]]:
-    """How often each instruction, with its modifiers, is in each kernel."""
-    listing = subprocess.run(
-        [_tool("cuobjdump"), "-sass", str(cubin)], capture_output=True, text=True, check=True, timeout=300
-    ).stdout
-    kernels: dict[str, collections.Counter[str]] = {}
-    counter: collections.Counter[str] = collections.Counter()
-    for line in listing.splitlines():
-        if name := re.search(r"Function : (\S+)", line):
-            counter = kernels.setdefault(name.group(1), collections.Counter())
-        elif code := re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line):
-            counter[code.group(1)] += 1
-    return kernels
-
-
-def _count(counter: collections.Counter[str], pattern: str) -> int:
-    return sum(count for name, count in counter.items() if re.fullmatch(pattern, name))
-
-
-def test_rows_move_sixteen_bytes_at_a_time(compiled: dict[str, pathlib.Path]) -> None:
-    """Rows are read and written 16 bytes at a time, nothing is in local memory, and fences stay few."""
-    seen = set()
-    for log in compiled.values():
-        for kernel, instructions in _instructions(log.with_suffix(".cubin")).items():
-            assert _count(instructions, r"(LDL|STL)(\..*)?") == 0, kernel
-            for name in ROW_KERNELS:
-                if name not in kernel:
-                    continue
-                seen.add(name)
-                assert _count(instructions, r"LDG\..*\.128(\..*)?") > 0, kernel
-                assert _count(instructions, r"STG\..*\.128(\..*)?") > 0, kernel
-                assert _count(instructions, r"MEMBAR\..*SYS") <= MOST_SYSTEM_FENCES, kernel
-    assert seen == set(ROW_KERNELS)
+@pytest.mark.parametrize(
+    "gate", [gates.no_local_memory, gates.sixteen_bytes_at_a_time, gates.fences_where_listed]
+)
+def test_gates(
+    gate: gates.Gate, compiled: tuple[list[str], list[tuple[str, list[sass.Instruction]]]]
+) -> None:
+    """Each kernel keeps to each gate."""
+    assert {name for name, _ in compiled[1]} == set(gates.FENCES)
+    for kernel, code in compiled[1]:
+        gate(kernel, code)

@@ -12,7 +12,7 @@ import importlib.util
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,8 @@ import vllm_efa_ep
 
 if TYPE_CHECKING:
     from fake_driver import FakeDriver
+
+    from vllm_efa_ep.cuda.arena import DeviceView
 
 
 def load_core(directory: Path) -> ctypes.CDLL:
@@ -52,15 +54,18 @@ def load_core(directory: Path) -> ctypes.CDLL:
 
 
 class Streams:
-    """What torch.cuda knows of streams and graphs. Each thread has a stream."""
+    """What torch.cuda knows of streams and graphs."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        """Make streams of the engine that is in ``library``."""
+    def __init__(self, library: ctypes.CDLL, current: Callable[[], int] | None) -> None:
+        """Make streams of the engine that is in ``library``: one per thread, or what ``current`` returns."""
         self._library = library
         self._of_thread = threading.local()
+        self._current = current
 
     def current(self) -> int:
         """Return this thread's stream."""
+        if self._current is not None:
+            return self._current()
         if not hasattr(self._of_thread, "stream"):
             self._of_thread.stream = self._library.simt_new_stream(0)
         return self._of_thread.stream
@@ -92,15 +97,20 @@ class Streams:
         self._library.simt_fill_words(stream, address, value, count)
 
 
-def fake_cuda(library: ctypes.CDLL, signals: str) -> tuple[Streams, "FakeDriver"]:
-    """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library."""
+def fake_cuda(
+    library: ctypes.CDLL, signals: str, stream: Callable[[], int] | None = None
+) -> tuple[Streams, "FakeDriver"]:
+    """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library.
+
+    ``stream`` returns the current one of a thread; by default each has its own.
+    """
     from fake_driver import FakeDriver
     from pci_trees import build, lines_of
 
     from vllm_efa_ep import pci_topology
     from vllm_efa_ep.cuda import halves, rank_memory
 
-    driver, streams = FakeDriver(), Streams(library)
+    driver, streams = FakeDriver(), Streams(library, stream)
     driver.cuMemsetD32Async = streams.fill  # type: ignore[method-assign]
     driver.cuCtxSynchronize = library.simt_synchronize  # type: ignore[method-assign]
     driver.install()
@@ -127,12 +137,17 @@ def fake_cuda(library: ctypes.CDLL, signals: str) -> tuple[Streams, "FakeDriver"
     rank_memory.gpu_affinity = lambda bus_id: replace(
         pci_topology.gpu_affinity(bus_id, sysfs), cpus=frozenset({0, 1})
     )
-    rank_memory.GpuMemory.tensor = lambda _, arena, offset, size: torch.frombuffer(
-        (ctypes.c_uint8 * size).from_address(arena.address + offset), dtype=torch.uint8
-    )
+    rank_memory._tensor = as_cpu_tensor
     if signals == "gdrcopy":
         rank_memory.GdrCopy = WindowIntoFakeMemory
     return streams, driver
+
+
+def as_cpu_tensor(view: "DeviceView", device: torch.device) -> torch.Tensor:  # noqa: ARG001
+    """Return the bytes of a view of fake device memory."""
+    interface = view.__cuda_array_interface__
+    (size,), (address, _) = interface["shape"], interface["data"]
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
 
 
 class WindowIntoFakeMemory:
@@ -206,8 +221,14 @@ def time_out() -> None:
 
     def body(bootstrap: ThreadBootstrap) -> None:
         with AllToAll(config, bootstrap, settings_of(2, timeout_s=1.0, num_sms=2)) as all_to_all:
+            assert not all_to_all.fault().item()
             if bootstrap.rank == 0:
-                all_to_all.dispatch(torch.ones(1, 64).bfloat16(), torch.tensor([[0, 3]]), torch.ones(1, 2))
+                try:
+                    all_to_all.dispatch(
+                        torch.ones(1, 64).bfloat16(), torch.tensor([[0, 3]]), torch.ones(1, 2)
+                    )
+                finally:
+                    assert all_to_all.fault().item()
 
     error = outcomes_of_ranks(2, body)[0].error
     assert isinstance(error, RankTimeoutError), error

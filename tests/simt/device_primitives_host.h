@@ -25,12 +25,12 @@ namespace dp {
 using ::simt::Scope;
 
 inline uint4 ld_nc(const void* p) {
-  ::simt::check_align(p, 16);
+  ::simt::note_vector(p, false);
   return *static_cast<const uint4*>(p);
 }
 inline uint4 ld_na(const void* p) { return ld_nc(p); }
 inline void st_na(void* p, uint4 v) {
-  ::simt::check_align(p, 16);
+  ::simt::note_vector(p, true);
   *static_cast<uint4*>(p) = v;
 }
 

@@ -182,7 +182,8 @@ TEST(Faults, MoreRowsThanASlotHasAreRefused) {
   EXPECT_EQ(world.rank(0).error().detail, layout.max_tokens + 1);
 }
 
-// The first expert that does not exist, in a row from another node and in one from the own.
+// The first expert that does not exist, in a row from another node, whose sender is named, and in one from
+// the own.
 TEST(Faults, ARowThatNamesNoExpertIsRefused) {
   for (const uint32_t nodes : {2u, 1u}) {
     const WorldConfig config = small_config(nodes, 2 / nodes);
@@ -207,6 +208,7 @@ TEST(Faults, ARowThatNamesNoExpertIsRefused) {
     world.rank(0).dispatch_recv(0);
     world.rank(0).sync();
     EXPECT_EQ(world.rank(0).error().fault, Fault::kRowExpert) << nodes << " nodes";
+    EXPECT_EQ(world.rank(0).error().rank, nodes - 1);
     EXPECT_EQ(world.rank(0).error().detail, ids[0]);
   }
 }

@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIST = pathlib.Path(__file__).with_name("mutations.txt")
 KINDS = {
     "order", "barrier", "scope", "wait", "round", "lost", "bounds", "owner", "sum", "operand", "check",
+    "bytes",
 }  # fmt: skip
 
 

@@ -142,7 +142,7 @@ class DeviceArena:
 
     def view(self, offset: int, size: int) -> "DeviceView":
         """Return bytes of the arena for ``torch.as_tensor``; they keep it mapped."""
-        return DeviceView(self, offset, size)
+        return DeviceView(self, self.address + offset, size)
 
     def close(self) -> None:
         """Unmap and free now, and not when the last view of it is gone."""
@@ -151,15 +151,15 @@ class DeviceArena:
 
 
 class DeviceView:
-    """Bytes of a device arena, as numba's array interface describes them to torch."""
+    """Bytes that kernels reach, as numba's array interface describes them to torch."""
 
-    def __init__(self, arena: DeviceArena, offset: int, size: int) -> None:
-        """Keep ``arena`` as long as this lives."""
-        self._arena = arena
+    def __init__(self, owner: object, address: int, size: int) -> None:
+        """Keep ``owner``, whose memory it is, as long as this lives."""
+        self._owner = owner
         self.__cuda_array_interface__ = {
             "shape": (size,),
             "typestr": "|u1",
-            "data": (arena.address + offset, False),
+            "data": (address, False),
             "strides": None,
             "version": 3,
         }

@@ -9,7 +9,7 @@ import torch
 
 from vllm_efa_ep import _core
 from vllm_efa_ep.config import Settings
-from vllm_efa_ep.cuda.arena import DeviceArena
+from vllm_efa_ep.cuda.arena import DeviceArena, DeviceView
 from vllm_efa_ep.cuda.driver import Gpu, open_gpu, require_rdma
 from vllm_efa_ep.cuda.gdrcopy import GdrCopy
 from vllm_efa_ep.cuda.halves import CudaHalves
@@ -23,6 +23,8 @@ from vllm_efa_ep.rank_memory import Halves
 from vllm_efa_ep.watch import CheckWait
 
 logger = logging.getLogger(__name__)
+
+_ERROR_WORD_BYTES = 8
 
 
 class GpuMemory:
@@ -44,6 +46,7 @@ class GpuMemory:
         self._signals_in_arena = False
         self._gpu: Gpu | None = None
         self._host: PinnedMemory | None = None
+        self._core: _core.CudaDevice | None = None
         self._cleanup = ExitStack()
         if kept is None:
             kept = KeptMemory()
@@ -73,7 +76,7 @@ class GpuMemory:
 
     def tensor(self, arena: DeviceArena, offset: int, size: int) -> torch.Tensor:
         """Return bytes of an arena; they keep it mapped."""
-        return torch.as_tensor(arena.view(offset, size), device=self.device)
+        return _tensor(arena.view(offset, size), self.device)
 
     def fabric_arguments(self) -> dict[str, Any]:
         """Choose the NICs near the GPU; log which, and why.
@@ -124,8 +127,8 @@ class GpuMemory:
 
     def make_halves(self, arguments: dict[str, Any], check_wait: CheckWait) -> Halves:
         """Return the halves as kernels; ``arguments`` are those of ``_core.CpuDevice``."""
-        core = self._make_device(arguments, check_wait)
-        return CudaHalves(core, arguments["layout"], arguments["per_expert"])
+        self._core = self._make_device(arguments, check_wait)
+        return CudaHalves(self._core, arguments["layout"], arguments["per_expert"])
 
     def make_stand_in(self, arguments: dict[str, Any], server: "GpuMemory") -> GpuStandIn:
         """Return what serves a lost rank's position; ``server`` is the memory of the rank that does."""
@@ -154,6 +157,18 @@ class GpuMemory:
         """Kernels pack without asking the host, so there must be room for everything."""
         return capacity
 
+    def fault_word(self) -> torch.Tensor | None:
+        """Return the word in which kernels leave the first fault, to be read in the order of a stream."""
+        if self._host is None:
+            return None
+        address = self._host.device_address + _core.cuda_error_offset
+        return _tensor(DeviceView(self._host, address, _ERROR_WORD_BYTES), self.device)
+
+    def raise_fault(self) -> None:
+        """Raise what kernels have left in that word, or the proxy's failure."""
+        if self._core is not None:
+            self._core.throw_if_failed()
+
     def wait(self) -> None:
         """Wait for the kernels, and thereby until all their commands are in the ring."""
         if self._gpu is not None:
@@ -163,6 +178,7 @@ class GpuMemory:
         """Let no kernel wait for another rank any more."""
         if self._host is not None:
             _core.cuda_stop(self._host.address)
+        self._core = None  # which would keep the proxy alive
 
     def close(self) -> None:
         """Free what is not kept, and not the arena, after ``stop`` and ``wait``."""
@@ -191,3 +207,7 @@ class GpuMemory:
                 raise
             logger.info("EFA EP: kernels poll signals in host memory, over PCIe, since %s", error)
             return None
+
+
+def _tensor(view: DeviceView, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(view, device=device)

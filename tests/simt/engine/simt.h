@@ -77,6 +77,7 @@ void warp_sync(uint32_t mask);  // __syncwarp: rendezvous with memory ordering
 // Block-shared memory. `key` identifies the declaration, so that every thread gets the same bytes.
 void* shared_alloc(const void* key, size_t bytes, size_t align);
 void* dyn_shared();
+std::byte* shared_window();  // where the block's shared memory starts
 
 // Async proxy: mbarriers and bulk copies.
 void mbar_init(uint64_t* barrier, uint32_t count);
@@ -100,6 +101,14 @@ inline void check_align(const void* p, size_t align) {
   if (__builtin_expect((reinterpret_cast<uintptr_t>(p) & (align - 1)) != 0, 0)) {
     die("misaligned %zu-byte access at %p", align, p);
   }
+}
+
+// 16-byte accesses, for tests that count bytes. The observer is called by several threads at once.
+using VectorObserver = void (*)(const void* p, bool write);
+extern VectorObserver g_vector_observer;
+inline void note_vector(const void* p, bool write) {
+  check_align(p, 16);
+  if (__builtin_expect(g_vector_observer != nullptr, 0)) g_vector_observer(p, write);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -144,6 +153,8 @@ struct Stats {
 };
 Stats stats();
 
+void observe_vectors(VectorObserver observer);  // null: nobody. While no kernel runs.
+
 // Registers memory with its owner. Synchronising on registered memory of another device, on host
 // memory, or on what others write, with less than system scope is then a fatal error. Where ranges
 // overlap, the first one counts.
@@ -152,16 +163,17 @@ enum class MemoryKind : uint8_t { device, host, written_by_others };
 void register_range(const void* p, size_t bytes, MemoryKind kind, int device);
 void unregister_ranges(int device);
 
-// Launches a kernel function. When translated PTX kernels are linked into the program (see ptx/),
+// Launches a kernel function. When translated PTX kernels are linked into the program (see ../ptx),
 // the PTX version of the same kernel runs instead.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dyn_smem, stream_t stream,
             const char* name, Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "wrong number of kernel arguments");
-  if (ptx::enabled()) {
+  if (ptx::registered() > 0) {
     ptx::ParamPack pack;
     (pack.add(static_cast<std::decay_t<Params>>(std::forward<Args>(args))), ...);
-    ptx::Body body = ptx::bind(reinterpret_cast<void*>(kernel), name, std::move(pack));
+    ptx::Body body = ptx::bind(reinterpret_cast<ptx::HostKernel>(kernel), name, std::move(pack),
+                               block.x * block.y * block.z);
     launch_raw(stream, grid, block, dyn_smem, std::move(body), name);
   } else {
     auto body = [kernel, ... values = static_cast<std::decay_t<Params>>(std::forward<Args>(args))]() {

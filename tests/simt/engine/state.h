@@ -121,7 +121,7 @@ struct AsyncEngine {
 // ---- blocks, launches, streams, workers --------------------------------------------------------
 
 struct SharedMemory {
-  std::unique_ptr<unsigned char[]> arena;
+  std::unique_ptr<std::byte[]> arena;
   size_t offset = 0, used = 0;
   std::vector<std::pair<const void*, void*>> variables;
   void* dynamic = nullptr;

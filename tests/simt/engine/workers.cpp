@@ -14,6 +14,7 @@ namespace simt {
 
 bool g_tsan = false, g_asan = false;
 SyncPoint g_tsan_anchor;
+VectorObserver g_vector_observer = nullptr;
 Config g_config;
 std::mutex g_mutex;
 std::vector<std::unique_ptr<Worker>> g_workers;
@@ -328,6 +329,7 @@ void launch_raw(stream_t s, dim3 grid, dim3 block, size_t dyn_smem, std::functio
   launch->num_blocks = blocks;
   hb_release(&launch->start);
   const bool first = s->queue.empty();
+  if (first && !s->finished.empty()) launch->previous_finished = &s->finished.back()->finished;
   s->queue.push_back(std::move(launch));
   if (first) dispatch_locked(s);
 }
@@ -379,6 +381,8 @@ void graph_launch(const Graph& graph, stream_t s) {
 void host_thread_checkpoint() {
   if (kTsanHasSlots) hb_release(&g_tsan_anchor);
 }
+
+void observe_vectors(VectorObserver observer) { g_vector_observer = observer; }
 
 Stats stats() {
   Stats total{};
