@@ -50,7 +50,7 @@ DP_DEVICE void count_dropped(const Context& at, const DispatchInput& input, uint
     const int64_t id = id_at(input, entry);
     if (id >= at.device.experts || !is_lost(at.device, id)) continue;
     ++slots;
-    weight += static_cast<int64_t>(input.weights[entry] * ChannelTotals::kWeightUnits);
+    weight += ChannelTotals::weight_units(__float_as_uint(input.weights[entry]));
   }
   if (slots == 0) return;
   ChannelTotals& totals = at.counters().totals;
