@@ -76,15 +76,23 @@ void EmulatedWorld::mask(std::vector<uint32_t> server_of) {
 
 void EmulatedWorld::build() {
   const uint32_t world = options_.layout.topology.world;
-  for (uint32_t rank = 0; rank < world; ++rank) {
-    const size_t bytes = options_.layout.total_bytes();
-    ranks_[rank].arena.reset(allocate_zeroed(bytes));
-    ranks_[rank].fabric = std::make_unique<EmulatedFabric>(network_, rank);
-    ranks_[rank].fabric->register_memory(ranks_[rank].arena.get(), bytes);
-    ranks_[rank].channels.resize(options_.layout.channels);
+  // Guests last, since they share the NICs of others.
+  for (const bool guests : {false, true}) {
+    for (uint32_t rank = 0; rank < world; ++rank) {
+      if (is_guest(rank) == guests) open(rank);
+    }
   }
   for (uint32_t rank = 0; rank < world; ++rank) connect(rank);
   for (uint32_t rank = 0; rank < world; ++rank) make_device(rank);
+}
+
+void EmulatedWorld::open(uint32_t rank) {
+  const size_t bytes = options_.layout.total_bytes();
+  const auto nics_of = is_guest(rank) ? std::optional(server_of_[rank]) : std::nullopt;
+  ranks_[rank].arena.reset(allocate_zeroed(bytes));
+  ranks_[rank].fabric = std::make_unique<EmulatedFabric>(network_, rank, nics_of);
+  ranks_[rank].fabric->register_memory(ranks_[rank].arena.get(), bytes);
+  ranks_[rank].channels.resize(options_.layout.channels);
 }
 
 void EmulatedWorld::connect(uint32_t rank) {

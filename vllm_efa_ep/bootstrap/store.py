@@ -13,7 +13,7 @@ from vllm_efa_ep.bootstrap.key_gather import KeyGather
 from vllm_efa_ep.bootstrap.member import Member
 from vllm_efa_ep.bootstrap.run import Run
 from vllm_efa_ep.bootstrap.sealed import SealedKeys
-from vllm_efa_ep.errors import ConfigurationError, EfaEpError
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError, StoreLostError
 
 _ANSWER_SECONDS = 5.0
 # Threads of requests whose answer is still to come.
@@ -69,7 +69,10 @@ class StoreBootstrap(Member):
             why = f"nothing for {_ANSWER_SECONDS:g} s"
         except RuntimeError as error:
             why = str(error)
-        raise EfaEpError(f"the store of torch.distributed does not answer: {why}")
+        raise StoreLostError(
+            f"the store of torch.distributed does not answer: {why}; its host (usually rank 0) is dead or "
+            "stuck. Restart all ranks; a store outside of them survives each of them"
+        )
 
 
 @atexit.register

@@ -1,8 +1,8 @@
 """The instructions that are known: for each form, the function of runtime/ that does the same.
 
-A form is a regular expression for the whole opcode, so one unknown modifier makes the instruction unknown. The
-modifiers that need nothing on a CPU are cache hints, `.aligned`, `.uni` and `.global`. Some simple forms are
-left out on purpose: `.ftz` and approximations, whose results are the GPU's own, and `add.f32` or `mul.f32`
+A form is a regular expression for the whole opcode, so one unknown modifier makes the instruction unknown.
+Modifiers that need nothing on a CPU are cache hints, `.aligned`, `.uni` and `.global`. Some forms that look
+simple are left out: `.ftz` and approximations, whose results are the GPU's own, and `add.f32` or `mul.f32`
 without `.rn`, which the assembler may contract.
 """
 
@@ -32,8 +32,8 @@ DEFAULTS = {"order": "relaxed", "scope": "gpu"}  # of atom and red
 class Form:
     """One form of an instruction.
 
-    `call` is the C++ function, with the groups of `opcode` filled in. It takes the operands in their order, but
-    vectors last, element by element:
+    `call` is the C++ function, with the groups of `opcode` filled in. It takes the operands in their order,
+    but vectors last, element by element:
 
       d  destination register    a  register, number or variable    p  predicate, perhaps with `!`
       m  address                 v  vector to write                 s  vector to read

@@ -7,10 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-BYTES = {
-    **{f"{kind}{bits}": bits // 8 for kind in "usb" for bits in (8, 16, 32, 64)},
-    **{"f32": 4, "f64": 8, "pred": 1},
-}
+BYTES = {f"{kind}{bits}": bits // 8 for kind in "usb" for bits in (8, 16, 32, 64)}
+BYTES |= {"f32": 4, "f64": 8, "pred": 1}
 
 
 class PtxError(Exception):

@@ -33,6 +33,9 @@ AXES = {
 SPECIAL_REGISTERS = {**AXES, "%laneid": "T.lane", "%warpid": "T.warp", "%globaltimer": "global_timer()"}
 
 
+REGISTERS = {kind: f"b{8 * size}" for kind, size in BYTES.items() if size > 1} | {"pred": "pred"}
+
+
 def identifier(name: str) -> str:
     """A PTX name as a C++ name that no function has."""
     return "v" + re.sub(r"\W", "_", name)
@@ -65,7 +68,8 @@ class Translator:
         """The C++ of the kernel, with its registration."""
         name, threads = self._kernel.name, self._kernel.max_threads
         body = []
-        for self._line, statement in self._kernel.body:
+        for line, statement in self._kernel.body:
+            self._line = line
             body.append("  " + self._statement(statement))
         layout = ", ".join(f"{{{p.offset}, {p.bytes}}}" for p in self._kernel.parameters)
         return "\n".join(
@@ -103,9 +107,9 @@ class Translator:
         if isinstance(statement, Location):
             return f'\n#line {statement.line} "{statement.file}"' if statement.line > 0 else ""
         if isinstance(statement, Registers):
-            if statement.type not in BYTES or BYTES[statement.type] == 1 and statement.type != "pred":
+            if statement.type not in REGISTERS:
                 self._fail(f"registers of type {statement.type}")
-            kind = statement.type if statement.type == "pred" else f"b{8 * BYTES[statement.type]}"
+            kind = REGISTERS[statement.type]
             return f"{kind} {', '.join(self._declare(name) + ' = undefined' for name in statement.names)};"
         if isinstance(statement, Shared):
             self._shared += 1
@@ -128,19 +132,19 @@ class Translator:
             match = form.opcode.fullmatch(instruction.opcode)
             if match and self._fits(form, match, instruction.operands):
                 return guard + self._call(form, match, instruction.operands)
-        self._fail(f"unknown instruction: {instruction}")
+        return self._fail(f"unknown instruction: {instruction}")
 
     @staticmethod
     def _fits(form: Form, match: re.Match[str], operands: list[str]) -> bool:
+        """Whether the operands are as many as the form has, and vectors and addresses where it has them."""
         taken = [kind for kind in form.operands if kind not in "_S"]
         if len(taken) != len(operands):
             return False
-        shapes = {"{": "vs", "[": "m"}
         for kind, operand in zip(taken, operands, strict=True):
-            if (kind in shapes.get(operand[0], "dapwl")) is False:
+            if kind not in {"{": "vs", "[": "m"}.get(operand[0], "dapwl"):
                 return False
             elements = match.groupdict().get("elements")
-            if kind in "vs" and elements and operand.count(",") + 1 != int(elements):
+            if kind in "vs" and elements and len(split_vector(operand)) != int(elements):
                 return False
         return True
 

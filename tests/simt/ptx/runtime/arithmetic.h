@@ -20,10 +20,10 @@ void sub(D& d, A a, B b) {
 }
 
 template <class T>
-using Wider = std::conditional_t<
-    sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
-    std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, s64, u64>,
-                       std::conditional_t<std::is_signed_v<T>, s32, u32>>>;
+using Wider =
+    std::conditional_t<sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
+                       std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, s64, u64>,
+                                          std::conditional_t<std::is_signed_v<T>, s32, u32>>>;
 
 template <class T, class A, class B>
 Wider<T> product(A a, B b) {

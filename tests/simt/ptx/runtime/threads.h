@@ -67,8 +67,8 @@ void match_any(b32& d, A a, M mask) {
 
 enum class Shuffle { up, down, bfly, idx };
 
-/// As the ISA defines it: `clamp` holds the last lane that may be read, in bits 0 to 4, and in bits 8 to 12 the
-/// lane's bits that stay. A lane beyond gives the own value, and false in `d_valid`.
+/// As the ISA defines it: `clamp` holds the last lane that may be read, in bits 0 to 4, and in bits 8 to 12
+/// the lane's bits that stay. A lane beyond gives the own value, and false in `d_valid`.
 template <Shuffle kMode, class A, class B, class C, class M>
 void shfl(b32& d, pred& d_valid, A value, B operand, C clamp, M mask) {
   const u32 lane = cur().lane;
@@ -81,7 +81,9 @@ void shfl(b32& d, pred& d_valid, A value, B operand, C clamp, M mask) {
     source = lane - b;
     valid = static_cast<s32>(source) >= static_cast<s32>(last);
   } else {
-    source = kMode == Shuffle::down ? lane + b : kMode == Shuffle::bfly ? lane ^ b : (lane & fixed) | (b & ~fixed);
+    source = kMode == Shuffle::down   ? lane + b
+             : kMode == Shuffle::bfly ? lane ^ b
+                                      : (lane & fixed) | (b & ~fixed);
     valid = source <= last;
   }
   d = shuffle_from(as<u32>(mask), as<b32>(value), static_cast<int>(valid ? source : lane));

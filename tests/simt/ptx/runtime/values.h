@@ -42,7 +42,8 @@ struct Nobody {};
 inline constexpr Nobody nobody;
 
 template <class T>
-using BitsOf = std::conditional_t<std::is_same_v<T, f32>, b32, std::conditional_t<std::is_same_v<T, f64>, b64, T>>;
+using BitsOf =
+    std::conditional_t<std::is_same_v<T, f32>, b32, std::conditional_t<std::is_same_v<T, f64>, b64, T>>;
 
 /// An operand, as a T.
 template <class T, class Operand>

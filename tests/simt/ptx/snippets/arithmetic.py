@@ -13,7 +13,9 @@ from tests.simt.ptx.snippets.snippet import Row, Snippet, of
 def integers() -> Iterator[Snippet]:
     """Arithmetic modulo 2^n."""
 
-    def snippet(opcode: str, kind: str, function: Callable[..., int], result: int = 0, count: int = 2) -> Snippet:
+    def snippet(
+        opcode: str, kind: str, function: Callable[..., int], result: int = 0, count: int = 2
+    ) -> Snippet:
         width = int(kind[1:])
         result = result or width
         takes = [f"b{width}", f"b{width}", f"b{result}"][:count]
@@ -48,10 +50,8 @@ def integers() -> Iterator[Snippet]:
         yield snippet("rem", kind, lambda a, b: a - b * quotient(a, b))
         if width < 64:
             yield snippet("mul.wide", kind, lambda a, b: a * b, 2 * width)
-            # The third operand is as wide as the result, and its sign is of no consequence.
-            wide = snippet("mad.wide", kind, lambda a, b, c: 0, 2 * width, 3)
             yield Snippet(
-                wide.code, wide.gives, wide.takes,
+                f"mad.wide.{kind} %d, %a, %b, %c;", f"b{2 * width}", f"b{width} b{width} b{2 * width}",
                 lambda a, b, c, k=kind, w=width: (of(k, a) * of(k, b) + c) % (1 << 2 * w),
             )  # fmt: skip
         if kind[0] == "s":
@@ -96,15 +96,21 @@ def bits() -> Iterator[Snippet]:
             yield Snippet(f"bfind.{kind} %d, %a;", "b32", b, lambda x, k=kind: _bfind(of(k, x)))
             yield Snippet(
                 f"bfind.shiftamt.{kind} %d, %a;", "b32", b,
-                lambda x, k=kind, w=width: _bfind(of(k, x)) if _bfind(of(k, x)) >> 31 else w - 1 - _bfind(of(k, x)),
+                lambda x, k=kind, w=width: _bfind(of(k, x), w - 1),
             )  # fmt: skip
             yield Snippet(f"bfe.{kind} %d, %a, %b, %c;", b, f"{b} b32 b32", lambda *x, k=kind: _bfe(*x, k))
-    yield Snippet("lop3.b32 %d, %a, %b, %c, 0xE4;", "b32", "b32 b32 b32", lambda x, y, z: _lop3(x, y, z, 0xE4))
+    yield Snippet(
+        "lop3.b32 %d, %a, %b, %c, 0xE4;", "b32", "b32 b32 b32", lambda x, y, z: _lop3(x, y, z, 0xE4)
+    )
     yield Snippet("prmt.b32 %d, %a, %b, %c;", "b32", "b32 b32 b32", _prmt)
 
 
-def _bfind(value: int) -> int:
-    return (value if value >= 0 else ~value).bit_length() - 1 & 0xFFFFFFFF
+def _bfind(value: int, distance_from: int | None = None) -> int:
+    bits = value if value >= 0 else ~value
+    if bits == 0:
+        return 0xFFFFFFFF
+    place = bits.bit_length() - 1
+    return place if distance_from is None else distance_from - place
 
 
 def _bfe(value: int, position: int, length: int, kind: str) -> int:

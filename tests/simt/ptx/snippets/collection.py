@@ -1,5 +1,7 @@
-"""All snippets. `python -m tests.simt.ptx.snippets.collection DIRECTORY` writes snippets.ptx for ptx2cpp, and
-snippets.inc, the kernels' names, for the driver.
+"""All snippets.
+
+`python -m tests.simt.ptx.snippets.collection DIRECTORY` writes snippets.ptx for ptx2cpp, and snippets.inc,
+the kernels' names, for the driver.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// Runs one of the translated snippets (snippets.py) in a block of 256 threads: 32 bytes in and 32 bytes out for
-// each of them, through standard input and output.
+// Runs one of the translated snippets (snippets.py) in a block of 256 threads: 32 bytes in and 32 bytes out
+// for each of them, through standard input and output.
 #include <array>
 #include <cstdio>
 #include <cstring>

@@ -1,4 +1,4 @@
-"""Numbers from the definitions of their formats, in exact arithmetic: what the instructions are compared with."""
+"""Numbers by the definitions of their formats, in exact arithmetic: what instructions are compared with."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ Row = tuple[int, ...]
 class Snippet:
     """PTX that makes %d and %f (of the types `gives`) of %a, %b, %c and %e (of the types `takes`).
 
-    `oracle` does the same for one thread; with `together`, for the whole block: a list of rows for a list of rows.
-    `prepare` changes operands for which the result is not defined.
+    `oracle` does the same for one thread; with `together`, for the whole block: a list of results for one of
+    operands. `prepare` changes operands for which the result is not defined.
     """
 
     code: str
@@ -35,11 +35,17 @@ class Snippet:
             lines.append(f"mad.wide.u32 %{pointer}, %t, 32, %{pointer};")
         for i, (letter, kind) in enumerate(inputs):
             to = {"pred": "setp.ne.s64 {}, %q, 0;", "b64": "mov.b64 {}, %q;"}
-            lines += [f"ld.u64 %q, [%in+{8 * i}];", to.get(kind, f"cvt.u{kind[1:]}.u64 {{}}, %q;").format(f"%{letter}")]
+            lines += [
+                f"ld.u64 %q, [%in+{8 * i}];",
+                to.get(kind, f"cvt.u{kind[1:]}.u64 {{}}, %q;").format(f"%{letter}"),
+            ]
         lines.append(self.code)
         for i, (letter, kind) in enumerate(outputs):
             back = {"pred": "selp.u64 %q, 1, 0, {};", "b64": "mov.b64 %q, {};"}
-            lines += [back.get(kind, f"cvt.u64.u{kind[1:]} %q, {{}};").format(f"%{letter}"), f"st.u64 [%out+{8 * i}], %q;"]
+            lines += [
+                back.get(kind, f"cvt.u64.u{kind[1:]} %q, {{}};").format(f"%{letter}"),
+                f"st.u64 [%out+{8 * i}], %q;",
+            ]
         body = "\n  ".join([*lines, "ret;"])
         return f".visible .entry {name}(.param .u64 {name}_in, .param .u64 {name}_out)\n{{\n  {body}\n}}\n"
 

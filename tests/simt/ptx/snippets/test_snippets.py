@@ -1,4 +1,7 @@
-"""What the translated instructions do, against the oracles. EFA_EP_SNIPPETS is the driver's path: CTest sets it."""
+"""What the translated instructions do, against the oracles.
+
+EFA_EP_SNIPPET is the driver's path: CTest sets it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,17 @@ EDGES = [0, 1, 2, 3, 7, 15, 31, 32, 33, 63, 64, 127, 128, 255, 256]
 EDGES += [x for width in (16, 32, 64) for x in ((1 << width) - 1, 1 << (width - 1), (1 << (width - 1)) - 1)]
 # float32: zeros, ones, subnormals, the ends of the formats, ties, infinities, NaN
 EDGES += [0x80000000, 0x3F800000, 0xBF800000, 1, 0x007FFFFF, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00001]
-EDGES += [0x43E00000, 0x43E80000, 0x43F00000, 0xC3E80001, 0x477FE000, 0x477FF000, 0x33000000, 0x3F808000, 0x3F818000]
+EDGES += [
+    0x43E00000,
+    0x43E80000,
+    0x43F00000,
+    0xC3E80001,
+    0x477FE000,
+    0x477FF000,
+    0x33000000,
+    0x3F808000,
+    0x3F818000,
+]
 # float64: one, the largest number, infinities, NaN
 EDGES += [0x3FF0000000000000, 0x7FEFFFFFFFFFFFFF, 0x7FF0000000000000, 0xFFF0000000000000, 0x7FF8000000000001]
 
@@ -42,7 +55,7 @@ def _rows(snippet: Snippet) -> list[Row]:
 def _run(name: str, rows: list[Row]) -> list[Row]:
     image = b"".join(struct.pack("<4Q", *row, *[0] * (4 - len(row))) for row in rows)
     done = subprocess.run(
-        [os.environ["EFA_EP_SNIPPETS"], name], input=image, capture_output=True, check=False, timeout=60
+        [os.environ["EFA_EP_SNIPPET"], name], input=image, capture_output=True, check=False, timeout=60
     )
     assert done.returncode == 0, done.stderr.decode()
     return list(struct.iter_unpack("<4Q", done.stdout))

@@ -1,4 +1,4 @@
-"""Instructions of a block's threads, and of memory. Here the oracle has all operands, and gives all results."""
+"""Instructions of a block's threads together, and of memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def _shuffle(mode: str) -> Callable[[Block, int], object]:
 def _shuffles() -> list[Snippet]:
     snippets = []
     for mode in ("up", "down", "bfly", "idx"):
-        clamps = {"up": (0x1800, 0), "down": (0x1807, 0x1F), "bfly": (0x1807, 0x1F), "idx": (0x1807, 0x1F)}[mode]
+        clamps = {"up": (0x1800, 0), "down": (0x1807, 0x1F), "bfly": (0x1807, 0x1F), "idx": (0x1807, 0x1F)}[
+            mode
+        ]
 
         def prepare(row: Row, clamps: tuple[int, int] = clamps) -> Row:
             return (row[0], row[1] % 32, clamps[row[2] % 2])
@@ -52,8 +54,11 @@ def _shuffles() -> list[Snippet]:
     return snippets
 
 
-def _ballot(warp: Block, lane: int) -> int:
+def _ballot(warp: Block) -> int:
     return sum(row[0] << i for i, row in enumerate(warp))
+
+
+ALL_LANES = 0xFFFFFFFF
 
 
 def _neighbour(rows: Block) -> list[object]:
@@ -62,17 +67,17 @@ def _neighbour(rows: Block) -> list[object]:
 
 THREADS_TOGETHER = [
     *_shuffles(),
-    _block("vote.sync.ballot.b32 %d, %a, -1;", "b32", "pred", _warps(_ballot)),
-    _block("vote.sync.ballot.b32 %d, !%a, 0xFFFFFFFF;", "b32", "pred", _warps(lambda w, i: _ballot(w, i) ^ 0xFFFFFFFF)),
-    _block("vote.sync.any.pred %d, %a, -1;", "pred", "pred", _warps(lambda w, i: int(_ballot(w, i) != 0))),
-    _block("vote.sync.all.pred %d, %a, -1;", "pred", "pred", _warps(lambda w, i: int(_ballot(w, i) == 0xFFFFFFFF))),
+    _block("vote.sync.ballot.b32 %d, %a, -1;", "b32", "pred", _warps(lambda w, _: _ballot(w))),
+    _block("vote.sync.ballot.b32 %d, !%a, -1;", "b32", "pred", _warps(lambda w, _: _ballot(w) ^ ALL_LANES)),
+    _block("vote.sync.any.pred %d, %a, -1;", "pred", "pred", _warps(lambda w, _: int(_ballot(w) != 0))),
+    _block("vote.sync.all.pred %d, %a, -1;", "pred", "pred", _warps(lambda w, _: min(w)[0])),
     _block(
         "and.b32 %a, %a, 3;\nmatch.any.sync.b32 %d, %a, -1;", "b32", "b32",
         _warps(lambda warp, i: sum(1 << j for j, row in enumerate(warp) if row[0] & 3 == warp[i][0] & 3)),
     ),
     # Barriers, as votes and as order: everybody sees what his neighbour wrote.
-    _block("bar.red.or.pred %d, 0, %a;", "pred", "pred", lambda rows: [max(row[0] for row in rows)] * THREADS),
-    _block("bar.red.and.pred %d, 0, %a;", "pred", "pred", lambda rows: [min(row[0] for row in rows)] * THREADS),
+    _block("bar.red.or.pred %d, 0, %a;", "pred", "pred", lambda rows: [max(rows)[0]] * THREADS),
+    _block("bar.red.and.pred %d, 0, %a;", "pred", "pred", lambda rows: [min(rows)[0]] * THREADS),
     _block(
         SHARED + """.reg .b32 %own, %next;
   mov.u32 %own, buffer;
@@ -112,7 +117,7 @@ THREADS_TOGETHER = [
   red.shared.add.u32 [count], 2;
   bar.sync 0;
   ld.shared.u32 %d, [count];""",
-        "b32", "", lambda rows: [5 + 3 * THREADS] * THREADS,
+        "b32", "", lambda _: [5 + 3 * THREADS] * THREADS,
     ),
 ]  # fmt: skip
 
@@ -121,7 +126,8 @@ def _atomic(opcode: str, kind: str, function: Callable[[int, int], int]) -> Snip
     """One on the thread's own output: the old value, and what is then there."""
     bits = kind[1:]
     return Snippet(
-        f"st.global.u64 [%out+16], %a;\n  atom.{opcode}.{kind} %d, [%out+16], %b;\n  ld.global.u{bits} %f, [%out+16];",
+        f"st.global.u64 [%out+16], %a;\n  atom.{opcode}.{kind} %d, [%out+16], %b;\n"
+        f"  ld.global.u{bits} %f, [%out+16];",
         f"b{bits} b{bits}",
         "b64 b" + bits,
         lambda x, y: (x % (1 << int(bits)), function(x % (1 << int(bits)), y)),
@@ -140,7 +146,7 @@ MEMORY = [
     _atomic("release.sys.global.max", "u32", max),
     _atomic("acquire.gpu.or", "b32", lambda x, y: x | y),
     _atomic("and", "b64", lambda x, y: x & y),
-    _atomic("exch", "b32", lambda x, y: y),
+    _atomic("exch", "b32", lambda _, y: y),
     Snippet(
         "st.global.u64 [%out+16], %a;\n  atom.relaxed.gpu.global.cas.b32 %d, [%out+16], %b, %c;\n"
         "  ld.relaxed.gpu.global.u32 %f, [%out+16];",
@@ -149,7 +155,8 @@ MEMORY = [
         prepare=lambda row: (row[0], row[0] % (1 << 32) if row[2] & 1 else row[1], row[2]),
     ),
     Snippet(
-        "st.release.sys.global.u64 [%out+16], %a;\n  ld.acquire.sys.global.u64 %d, [%out+16];", "b64", "b64", lambda x: x
+        "st.release.sys.global.u64 [%out+16], %a;\n  ld.acquire.sys.global.u64 %d, [%out+16];",
+        "b64", "b64", lambda x: x,
     ),
     Snippet(
         "st.relaxed.sys.global.v2.u64 [%out+16], {%a, %b};\n  ld.relaxed.sys.u64 %d, [%out+16];\n"
@@ -159,12 +166,12 @@ MEMORY = [
     Snippet(
         "st.global.L1::no_allocate.v4.b32 [%out+16], {%a, %b, 7, %c};\n"
         "  ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {_, %d, _, %f}, [%out+16];",
-        "b32 b32", "b32 b32 b32", lambda x, y, z: (y, z),
+        "b32 b32", "b32 b32 b32", lambda _, y, z: (y, z),
     ),
     # Bytes and halves: extended as the type says
     Snippet("st.u64 [%out+16], %a;\n  ld.s8 %d, [%out+17];\n  ld.u8 %f, [%out+17];", "b32 b32", "b64",
             lambda x: (((x >> 8 & 255 ^ 128) - 128) % (1 << 32), x >> 8 & 255)),
-    Snippet("st.global.u64 [%out+16], 0;\n  st.global.u8 [%out+19], %a;\n  ld.u64 %d, [%out+16];", "b64", "b16",
+    Snippet("st.u64 [%out+16], 0;\n  st.global.u8 [%out+19], %a;\n  ld.u64 %d, [%out+16];", "b64", "b16",
             lambda x: (x & 255) << 24),
     Snippet("ld.global.v2.s16 {%d, %f}, [%in];", "b32 b32", "b64",
             lambda x: tuple(((x >> s & 0xFFFF ^ 0x8000) - 0x8000) % (1 << 32) for s in (0, 16))),
@@ -175,6 +182,8 @@ MEMORY = [
             "  @%p bra $again;\n  bra.uni $end;\n  mov.b32 %d, 0;\n$end:", "b32", "b32",
             lambda n: 3 * max(1, -(-n // 3)), prepare=lambda row: (row[0] % 100,)),
     Snippet("mov.b32 %d, %a;\n  { .reg .b32 %d;\n  mov.b32 %d, 0; }", "b32", "b32", lambda x: x),
-    _block("mov.u32 %d, %tid.x;\n  mov.u32 %f, %laneid;", "b32 b32", "", lambda _: [(i, i % 32) for i in range(THREADS)]),
-    _block("mov.u32 %d, %ntid.x;\n  mov.u32 %f, %nctaid.x;", "b32 b32", "", lambda _: [(THREADS, 1)] * THREADS),
+    _block("mov.u32 %d, %tid.x;\n  mov.u32 %f, %laneid;", "b32 b32", "",
+           lambda _: [(i, i % 32) for i in range(THREADS)]),
+    _block("mov.u32 %d, %ntid.x;\n  mov.u32 %f, %nctaid.x;", "b32 b32", "",
+           lambda _: [(THREADS, 1)] * THREADS),
 ]  # fmt: skip

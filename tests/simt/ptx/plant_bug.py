@@ -1,4 +1,7 @@
-"""Plants a bug in a PTX file: `plant.py IN OUT REGEX REPLACEMENT`. Exit status 1 if there is nothing to replace."""
+"""Plants a bug in a PTX file: `plant_bug.py IN OUT REGEX REPLACEMENT`.
+
+Exit status 1 if there is nothing to replace.
+"""
 
 from __future__ import annotations
 
