@@ -102,6 +102,17 @@ define cpp_tests
 	@$(3) PATH=$(BIN):$$PATH ctest --test-dir $(BUILD)/cpp-$(1) --output-on-failure
 endef
 
+# $(call simt_sweep,name): the CUDA kernels on 20 random schedules, in a tree of cpp_tests, worlds of up to four ranks
+define simt_sweep
+	@echo "== CUDA kernels on random schedules ($(1))"
+	@for seed in $$(seq 20); do \
+	  schedule="SIMT_SEED=$$seed SIMT_CHAOS=$$((2 + seed % 6))"; \
+	  env $$schedule LONG_TESTS=0 GTEST_FILTER='-LargeWorld.*:Nodes/*/5:Nodes/*/6:Bytes.Of*' PATH=$(BIN):$$PATH \
+	    ctest --test-dir $(BUILD)/cpp-$(1) -R '^simt_(halves|faults|quantisation|bytes)_test$$' -Q --output-on-failure \
+	    || { echo "with $$schedule"; exit 1; }; \
+	done
+endef
+
 # What tests/python imports beside the package
 TEST_MODULE := -DEFA_EP_TEST_MODULE=ON -DPython_EXECUTABLE=$(BIN)/python
 # and a _core whose CUDA kernels run on CPU fibers
@@ -122,6 +133,7 @@ test-cpp: setup
 test-sanitizers: setup
 	$(call cpp_tests,thread,-DEFA_EP_SANITIZE=thread)
 	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined -DEFA_EP_SIMT=ON $(PTX_ADDRESS))
+	$(if $(IS_LONG),$(call simt_sweep,address))
 
 # The CUDA kernels on CPU fibers under ThreadSanitizer, each CUDA thread a thread to it, with random preemption.
 # clang's run time: gcc's takes ten times the memory. test-cpp and test-sanitizers run them plain and with addresses
@@ -129,6 +141,7 @@ test-sanitizers: setup
 SIMT_THREAD := -DCMAKE_CXX_COMPILER=clang++-19 -DEFA_EP_TESTS=OFF -DEFA_EP_SIMT=ON -DEFA_EP_SANITIZE=thread
 test-simt: setup
 	$(call cpp_tests,simt,$(SIMT_THREAD) $(PTX_THREAD),SIMT_CHAOS=6)
+	$(if $(IS_LONG),$(call simt_sweep,simt))
 	@$(if $(IS_LONG),$(MAKE) --no-print-directory test-ptx-schedules)
 
 # All tests on the PTX of all GPUs under ThreadSanitizer, and the small worlds in 20 schedules
@@ -144,7 +157,7 @@ test-ptx-schedules:
 	  done; \
 	done
 
-# Takes a quarter of an hour or more. MUTANTS=regular expression chooses by 'file: name'.
+# Takes about ten minutes on two idle cores. MUTANTS=regular expression chooses by 'file: name'.
 mutation-test: setup
 	@echo "== mutation score of the CUDA kernels"
 	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-mutation -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_SIMT=ON > /dev/null

@@ -213,6 +213,17 @@ SETTINGS: tuple[Setting, ...] = (
         choices=("auto", "gdrcopy", "pinned"),
     ),
     Setting(
+        "EFA_EP_GPU_HANDLES",
+        "gpu_handles",
+        "string",
+        "descriptor",
+        "",
+        "How the ranks of a node share GPU memory. `descriptor`: file descriptors, inside a host. `fabric`: "
+        "handles that other hosts of the same NVLink domain (GB200 NVL72) can map, too; needs an IMEX "
+        "channel, and EFA_EP_RANKS_PER_NODE: how many ranks of the domain make up a node.",
+        choices=("descriptor", "fabric"),
+    ),
+    Setting(
         "EFA_EP_NUM_SMS",
         "num_sms",
         "integer",
@@ -281,6 +292,7 @@ class Settings:
     ring_commands: int = 4096
     nixl_backend: str = "auto"
     gpu_signals: str = "auto"
+    gpu_handles: str = "descriptor"
     num_sms: int = 16
     stats_dir: str = ""
     trace: str = ""

@@ -183,7 +183,8 @@ void throw_fault(const DeviceError& error, const DeviceConfig& config) {
     case Fault::kTooManyTokens:
       throw ConfigurationError(where + " was given " + detail + " tokens, but a rank may dispatch " +
                                std::to_string(config.layout.max_tokens) +
-                               "; raise max_tokens_per_rank, and build a new AllToAll");
+                               ", and no more than x has rows; correct the count or raise "
+                               "max_tokens_per_rank, and build a new AllToAll");
     case Fault::kExpertId:
       throw ConfigurationError(where + " was given expert id " + detail + ", but ids are -1 (dropped) to " +
                                std::to_string(config.expert_owner.size() - 1) +

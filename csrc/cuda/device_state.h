@@ -43,6 +43,15 @@ struct ChannelTotals {
   uint64_t peer_rows = 0;
 
   static constexpr float kWeightUnits = 1 << 24;
+  /// A float32 in these units, rounded towards zero; magnitudes from 2^32 on, which no router makes, count as
+  /// less.
+  static constexpr int64_t weight_units(uint32_t bits) {
+    const auto shift = static_cast<int32_t>(bits >> 23 & 0xFF) - 126;  // of a fraction of 24 bits
+    const int64_t fraction = (bits & 0x7FFFFF) | 0x800000;
+    const int64_t units =
+        shift < 0 ? fraction >> (shift < -24 ? 24 : -shift) : fraction << (shift > 32 ? 32 : shift);
+    return bits >> 31 == 0 ? units : -units;
+  }
 };
 
 /// Counters of one channel that kernels change.

@@ -50,7 +50,7 @@ DP_DEVICE void count_dropped(const Context& at, const DispatchInput& input, uint
     const int64_t id = id_at(input, entry);
     if (id >= at.device.experts || !is_lost(at.device, id)) continue;
     ++slots;
-    weight += static_cast<int64_t>(input.weights[entry] * ChannelTotals::kWeightUnits);
+    weight += ChannelTotals::weight_units(__float_as_uint(input.weights[entry]));
   }
   if (slots == 0) return;
   ChannelTotals& totals = at.counters().totals;
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Context at = context_of(state, channel);
   const uint32_t tokens = tokens_of(input);
   if (block_may_run(at.device)) {
-    if (tokens > at.layout().max_tokens) {
+    if (tokens > input.tokens) {
       fail(at, Fault::kTooManyTokens, at.device.rank, static_cast<int32_t>(tokens));
     } else {
       mark_tokens(at, input, tokens, scratch[warp_id()]);

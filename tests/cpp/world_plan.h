@@ -162,7 +162,8 @@ class Planner {
         if (routing == Routing::kOneExpert) id = hot;
         if (routing == Routing::kAllDropped) id = -1;
         rank.ids.push_back(id);
-        rank.weights.push_back(static_cast<float>(below(4096)) / 1024 - 1);
+        // All 24 bits of a float: a product that is not rounded by itself differs.
+        rank.weights.push_back(static_cast<float>(below(1u << 24)) / (1u << 22) - 1);
       }
     }
     rank.x = random_bytes(size_t{rank.tokens} * row.payload_bytes);

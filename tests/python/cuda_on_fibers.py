@@ -12,7 +12,8 @@ import importlib.util
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ import torch
 import vllm_efa_ep
 
 if TYPE_CHECKING:
+    from fake_driver import FakeDriver
+
     from vllm_efa_ep.cuda.arena import DeviceView
 
 
@@ -35,11 +38,68 @@ def load_core(directory: Path) -> ctypes.CDLL:
     sys.modules[spec.name] = vllm_efa_ep._core = core
     spec.loader.exec_module(core)
     library = ctypes.CDLL(str(path))
-    library.simt_new_stream.restype = ctypes.c_void_p
+    address, count = ctypes.c_void_p, ctypes.c_size_t
+    for name, result, *arguments in (
+        ("simt_new_stream", address, ctypes.c_int),
+        ("simt_synchronize", None),
+        ("simt_fill_words", None, address, address, ctypes.c_uint32, count),
+        ("simt_capture_begin", None, address),
+        ("simt_capture_end", address, address),
+        ("simt_graph_size", count, address),
+        ("simt_graph_launch", None, address, address),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
 
 
-def fake_cuda(library: ctypes.CDLL, signals: str, stream: Callable[[], int] | None = None) -> None:
+class Streams:
+    """What torch.cuda knows of streams and graphs."""
+
+    def __init__(self, library: ctypes.CDLL, current: Callable[[], int] | None) -> None:
+        """Make streams of the engine that is in ``library``: one per thread, or what ``current`` returns."""
+        self._library = library
+        self._of_thread = threading.local()
+        self._current = current
+
+    def current(self) -> int:
+        """Return this thread's stream."""
+        if self._current is not None:
+            return self._current()
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = self._library.simt_new_stream(0)
+        return self._of_thread.stream
+
+    def is_capturing(self) -> bool:
+        """Whether launches into this thread's stream are recorded."""
+        return getattr(self._of_thread, "capturing", False)
+
+    @contextmanager
+    def capture(self) -> Iterator[list[int]]:
+        """Record; the list gets the graph. The engine ends the process if somebody waits for the stream."""
+        graph: list[int] = []
+        self._library.simt_capture_begin(self.current())
+        self._of_thread.capturing = True
+        yield graph
+        self._of_thread.capturing = False
+        graph.append(self._library.simt_capture_end(self.current()))
+
+    def size(self, graph: list[int]) -> int:
+        """Return the number of a graph's launches."""
+        return self._library.simt_graph_size(graph[0])
+
+    def replay(self, graph: list[int]) -> None:
+        """Launch what was recorded."""
+        self._library.simt_graph_launch(graph[0], self.current())
+
+    def fill(self, address: int, value: int, count: int, stream: int) -> None:
+        """Do what cuMemsetD32Async does."""
+        self._library.simt_fill_words(stream, address, value, count)
+
+
+def fake_cuda(
+    library: ctypes.CDLL, signals: str, stream: Callable[[], int] | None = None
+) -> tuple[Streams, "FakeDriver"]:
     """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library.
 
     ``stream`` returns the current one of a thread; by default each has its own.
@@ -50,15 +110,10 @@ def fake_cuda(library: ctypes.CDLL, signals: str, stream: Callable[[], int] | No
     from vllm_efa_ep import pci_topology
     from vllm_efa_ep.cuda import halves, rank_memory
 
-    FakeDriver().install()
-    local = threading.local()
-
-    def stream_of_thread() -> int:
-        if not hasattr(local, "stream"):
-            local.stream = library.simt_new_stream(0)
-        return local.stream
-
-    current_stream = stream or stream_of_thread
+    driver, streams = FakeDriver(), Streams(library, stream)
+    driver.cuMemsetD32Async = streams.fill  # type: ignore[method-assign]
+    driver.cuCtxSynchronize = library.simt_synchronize  # type: ignore[method-assign]
+    driver.install()
 
     def synchronised(name: str) -> None:
         # What torch does with the tensors next would wait in the same stream.
@@ -66,15 +121,16 @@ def fake_cuda(library: ctypes.CDLL, signals: str, stream: Callable[[], int] | No
 
         def call(self: halves.CudaHalves, *arguments: object) -> object:
             result = half(self, *arguments)
-            self._core.wait(current_stream())
+            if not streams.is_capturing():
+                self._core.wait(streams.current())
             return result
 
         setattr(halves.CudaHalves, name, call)
 
     for name in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"):
         synchronised(name)
-    halves.current_stream = current_stream
-    halves.is_capturing = lambda: False
+    halves.current_stream = streams.current
+    halves.is_capturing = streams.is_capturing
     rank_memory.current_ordinal = lambda: 0
     rank_memory.current_device = lambda: torch.device("cpu")
     sysfs = build(Path(tempfile.mkdtemp()) / "sys", lines_of("p5"))
@@ -84,6 +140,7 @@ def fake_cuda(library: ctypes.CDLL, signals: str, stream: Callable[[], int] | No
     rank_memory._tensor = as_cpu_tensor
     if signals == "gdrcopy":
         rank_memory.GdrCopy = WindowIntoFakeMemory
+    return streams, driver
 
 
 def as_cpu_tensor(view: "DeviceView", device: torch.device) -> torch.Tensor:  # noqa: ARG001
@@ -127,10 +184,30 @@ def play_scenes(libfabric: str, signals: str) -> None:
                 libfabric=libfabric,
                 chunk_bytes=1000,
                 gpu_signals=signals,
+                gpu_handles="fabric" if signals == "gdrcopy" else "descriptor",
                 num_sms=2,
             )
             play(scene, settings)
             print("played", nodes, ranks_per_node, config.layout, per_slot, flush=True)
+
+
+def quantise_and_count(libfabric: str, signals: str) -> None:
+    """Let kernels quantise tokens, and read how many there are."""
+    from quantised_rounds import config_of, play
+    from thread_world import ThreadBootstrap, outcomes_of_ranks, settings_of
+
+    from vllm_efa_ep import AllToAll
+
+    settings = settings_of(1, provider="efaemu", libfabric=libfabric, gpu_signals=signals, num_sms=2)
+    for quantisation in ("fp8", "fp8_ue8m0"):
+
+        def body(bootstrap: ThreadBootstrap, quantisation: str = quantisation) -> None:
+            with AllToAll(config_of(quantisation, "cuda"), bootstrap, settings) as all_to_all:
+                play(all_to_all, 3)
+
+        for outcome in outcomes_of_ranks(2, body):
+            outcome.get()
+        print("quantised", quantisation, flush=True)
 
 
 def time_out() -> None:
@@ -164,6 +241,7 @@ def main() -> None:
     directory, libfabric, signals = sys.argv[1:]
     fake_cuda(load_core(Path(directory)), signals)
     play_scenes(libfabric, signals)
+    quantise_and_count(libfabric, signals)
     time_out()
 
 

@@ -202,13 +202,25 @@ WorldConfig world_of(uint32_t nodes, uint32_t ranks, uint32_t experts, const Row
   return config;
 }
 
-/// Runs one round, half by half. Returns what all ranks have moved, by half.
-std::vector<Places> run_counted(const WorldConfig& config) {
+/// By half, of all ranks together.
+struct Totals {
+  std::array<Places, 4> counted, least;
+};
+
+void add(Places& sum, const Places& places) {
+  for (const auto& [place, traffic] : places) {
+    sum[place].read += traffic.read;
+    sum[place].written += traffic.written;
+  }
+}
+
+/// Runs one round, half by half, and compares each rank's counts with the least.
+Totals run_counted(const WorldConfig& config) {
   CudaWorld world(config, {});
   const std::vector<RankRound> round = Planner(config).plan();
   const Minimum minimum(config, round);
   Counter counter(world.world());
-  std::vector<Places> sums(4);
+  Totals totals;
   for (size_t half = 0; half < 4; ++half) {
     for (uint32_t rank = 0; rank < config.world(); ++rank) {
       world.rank(rank).queue(static_cast<Half>(half), 0, round[rank]);
@@ -216,15 +228,14 @@ std::vector<Places> run_counted(const WorldConfig& config) {
     for (uint32_t rank = 0; rank < config.world(); ++rank) world.rank(rank).sync();
     for (uint32_t rank = 0; rank < config.world(); ++rank) {
       const Places places = counter.take(rank);
-      EXPECT_EQ(places, minimum.at(static_cast<Half>(half), rank)) << kHalves[half] << " of rank " << rank;
-      for (const auto& [place, traffic] : places) {
-        sums[half][place].read += traffic.read;
-        sums[half][place].written += traffic.written;
-      }
+      const Places& least = minimum.at(static_cast<Half>(half), rank);
+      EXPECT_EQ(places, least) << kHalves[half] << " of rank " << rank;
+      add(totals.counted[half], places);
+      add(totals.least[half], least);
     }
   }
   for (uint32_t rank = 0; rank < config.world(); ++rank) world.rank(rank).check();
-  return sums;
+  return totals;
 }
 
 TEST(Bytes, AreReadAndWrittenOnce) {
@@ -258,12 +269,16 @@ TEST(Bytes, OfDeepSeekV3) {
   const WorldConfig config = world_of(2, 8, 256, row, kSanitized ? 2 : 16);
   uint64_t tokens = 0;
   for (const RankRound& rank : Planner(config).plan()) tokens += rank.tokens;
-  const std::vector<Places> sums = run_counted(config);
+  const Totals totals = run_counted(config);
+  const auto per_token = [tokens](uint64_t bytes) {
+    return static_cast<double>(bytes) / static_cast<double>(tokens);
+  };
   for (size_t half = 0; half < 4; ++half) {
-    for (const auto& [place, traffic] : sums[half]) {
-      std::printf("bytes per token: %s, %s, %.0f, %.0f\n", kHalves[half], place.c_str(),
-                  static_cast<double>(traffic.read) / static_cast<double>(tokens),
-                  static_cast<double>(traffic.written) / static_cast<double>(tokens));
+    for (const auto& [place, counted] : totals.counted[half]) {
+      const Traffic least = totals.least[half].contains(place) ? totals.least[half].at(place) : Traffic{};
+      std::printf("bytes per token: %s, %s, %.0f, %.0f, %.0f, %.0f\n", kHalves[half], place.c_str(),
+                  per_token(counted.read), per_token(counted.written), per_token(least.read),
+                  per_token(least.written));
     }
   }
 }

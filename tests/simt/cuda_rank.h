@@ -44,7 +44,7 @@ class CudaRank {
     uint32_t ring_capacity = 64;
     uint64_t timeout_ns = 60'000'000'000;
     bool tokens_on_device = false;
-    cuda::Quantisation quantisation = cuda::Quantisation::kNone;
+    Quantisation quantisation = Quantisation::kNone;
   };
 
   /// `arenas` are those of the node's ranks, in order; `proxy` is null if the world has one node. Both
@@ -112,7 +112,7 @@ class CudaRank {
     input.ids_are_64_bit = config_.ids_are_64_bit;
     input.ids = config_.ids_are_64_bit ? static_cast<void*>(b.wide_ids.data()) : b.narrow_ids.data();
     input.weights = b.sent_weights.data();
-    input.tokens = options_.tokens_on_device ? 0 : round.tokens;
+    input.tokens = options_.tokens_on_device ? config_.layout.max_tokens : round.tokens;
     if (options_.tokens_on_device) input.tokens_on_device = &b.tokens;
     input.quantisation = options_.quantisation;
     cuda::launch_dispatch_send(launch(channel), input);

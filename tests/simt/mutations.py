@@ -48,7 +48,7 @@ def read_mutations() -> list[Mutation]:
             if kind not in KINDS or any(line[:1] not in ("-", "+", "=") for line in lines):
                 raise ValueError(f"{LIST}: malformed mutation {head!r}")
             old, new, why = ("\n".join(ln[1:] for ln in lines if ln[0] == mark) for mark in "-+=")
-            mutations.append(Mutation(kind, name, file, old, new, why.strip().replace("\n", "")))
+            mutations.append(Mutation(kind, name, file, old, new, why.replace("\n", " ")))
     names = [mutation.name for mutation in mutations]
     if len(set(names)) != len(names):
         raise ValueError(f"{LIST}: two mutations of one name")

@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <bit>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -299,6 +300,15 @@ TEST_F(RankLoss, CapturedRoundsGoOnWithoutARankAndWithItAgain) {
   enter({});
   play(rounds);
   EXPECT_EQ(dropped_slots(), 0u);
+}
+
+TEST(WeightUnits, AreWhatAFloatIsWorth) {
+  for (const float weight :
+       {0.0f, 1.0f, -1.0f, 0.7f, 2.5f, 1e-5f, 0x1p-24f, 0x1.8p-24f, 0x1p-25f, 1e-30f, 4e9f}) {
+    const double exact = static_cast<double>(weight) * cuda::ChannelTotals::kWeightUnits;
+    EXPECT_EQ(cuda::ChannelTotals::weight_units(std::bit_cast<uint32_t>(weight)), static_cast<int64_t>(exact))
+        << weight;
+  }
 }
 
 TEST_F(RankLoss, AStandInHandsItsErrorToTheRankThatServesIt) {

@@ -129,6 +129,7 @@ void configure(const Config& config);  // before the first launch
 // and so finds kernels that silently assume that the whole grid is resident.
 stream_t stream_create(int device, int max_resident_blocks = 0);
 void stream_sync(stream_t stream);
+bool stream_idle(stream_t stream);  // whether stream_sync() would return at once
 void launch_raw(stream_t stream, dim3 grid, dim3 block, size_t dyn_smem, std::function<void()> body,
                 const char* name);
 

@@ -351,6 +351,13 @@ void stream_sync(stream_t s) {
   s->finished.clear();
 }
 
+bool stream_idle(stream_t s) {
+  if (g_config.workers < 0) return true;  // work is done in stream_sync()
+  std::lock_guard<std::mutex> lock(g_mutex);
+  if (s->capture != nullptr) die("a stream that is captured was asked for its state");
+  return s->queue.empty();
+}
+
 void capture_begin(stream_t s) {
   std::lock_guard<std::mutex> lock(g_mutex);
   if (s->capture != nullptr) die("a stream is captured twice");

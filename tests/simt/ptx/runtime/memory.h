@@ -43,7 +43,11 @@ using Vector [[gnu::may_alias, gnu::vector_size(sizeof(T) * kElements)]] = T;
 
 template <class T, int kElements, class P>
 auto& vector_at(P* pointer) {
-  check_align(pointer, sizeof(T) * kElements);
+  if constexpr (sizeof(T) * kElements == 16) {
+    note_vector(pointer, !std::is_const_v<P>);
+  } else {
+    check_align(pointer, sizeof(T) * kElements);
+  }
   using Memory = std::conditional_t<std::is_const_v<P>, const Vector<T, kElements>, Vector<T, kElements>>;
   return *reinterpret_cast<Memory*>(pointer);
 }
