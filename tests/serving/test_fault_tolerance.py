@@ -135,7 +135,7 @@ def test_a_rank_that_was_frozen_comes_back(backend: str, models: dict[str, Path]
 def test_a_rank_that_is_dead_ends_the_others_when_the_time_for_recovery_is_over(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A retry connects all data-parallel ranks before it lets us agree on those that live."""
+    """Nobody hangs. A retry does not help: vLLM connects all its ranks before we may agree on the live ones."""
     environment = environment_of(signal.SIGKILL, tmp_path)
     with two_servers(models["qwen3_moe"], "low_latency", environment, tmp_path) as servers:
         assert servers[0].complete(PROMPTS[0])
@@ -144,8 +144,7 @@ def test_a_rank_that_is_dead_ends_the_others_when_the_time_for_recovery_is_over(
             pool.submit(servers[0].complete, PROMPTS[0])
             await_status(servers[0], "unhealthy")
         assert names_rank_1(servers[0]), servers[0].log_tail()
-        retry(servers[0])
-        for server in reversed(servers):
+        for server in servers:
             server.process.wait(DEADLINE_S)
             _, leaked = psutil.wait_procs(server.processes(), timeout=20)
             assert not leaked, f"left behind: {leaked}\n{server.log_tail()}"
