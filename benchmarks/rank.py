@@ -18,9 +18,9 @@ from mpi4py import MPI
 from benchmarks.contestants.bare_writes import BareWrites
 from benchmarks.contestants.memcpy_floor import MemcpyFloor
 from vllm_efa_ep.bench.barrier import SharedBarrier
+from vllm_efa_ep.bench.contestants.allgather import GlooAllGather
+from vllm_efa_ep.bench.contestants.alltoall import GlooAllToAll
 from vllm_efa_ep.bench.contestants.contestant import Contestant, Workplace
-from vllm_efa_ep.bench.contestants.gloo_allgather import GlooAllGather
-from vllm_efa_ep.bench.contestants.gloo_alltoall import GlooAllToAll
 from vllm_efa_ep.bench.contestants.mpi_alltoallv import MpiAllToAllv
 from vllm_efa_ep.bench.contestants.ours import Ours, OursElsewhere
 from vllm_efa_ep.bench.measure import Effort, Timings, compete, memory_shortage
@@ -58,7 +58,7 @@ def main() -> None:
     )
     settings = settings_of(options.scene, mpi.size)
     group = cast(dist.ProcessGroup, dist.group.WORLD)
-    workplace = Workplace(TorchBootstrap(group), settings, group, mpi, options.bare_writes_library)
+    workplace = Workplace(TorchBootstrap(group), settings, {"gloo": group}, mpi, options.bare_writes_library)
     for hidden, dtype, tokens in options.cells:
         cell = Cell(mpi.size, settings.ranks_per_node, hidden, dtype, tokens)
         measured = measure_cell(options.scene, cell, workplace, barrier, options)

@@ -6,7 +6,7 @@ a GPU would do, so only its growth means something. Run from the root of the rep
 
     python -m benchmarks.scale              # 8 to 256 ranks
     python -m benchmarks.scale --full       # to 1024
-    python -m benchmarks.scale --update     # write the table into docs/scale.md as well
+    python -m benchmarks.scale --full --update     # write table and plot into docs/scale.md as well
 """
 
 import argparse
@@ -27,6 +27,7 @@ RANKS = (8, 16, 32, 64, 128, 256)
 FULL_RANKS = (*RANKS, 512, 1024)
 OUT = ROOT / "build" / "bench"
 DOCUMENT = ROOT / "docs" / "scale.md"
+PICTURE = DOCUMENT.with_suffix(".svg")
 _SEED = 1
 
 
@@ -172,6 +173,9 @@ def plot(results: Sequence[Measured], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "scale"}
+    )  # small, and equal for equal results
     import matplotlib.pyplot as plt
 
     ranks = [each.ranks for each in results]
@@ -191,7 +195,7 @@ def plot(results: Sequence[Measured], path: Path) -> None:
         axis.set_title(name)
     figure.suptitle("Emulated worlds, one process: counts are exact, times are this machine's")
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def update(document: Path, text: str) -> None:
@@ -201,19 +205,20 @@ def update(document: Path, text: str) -> None:
 
 
 def main() -> None:
-    """Measure, print, and write ``scale.json`` and ``scale.png``."""
+    """Measure, print, and write ``scale.json`` and ``scale.svg``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="to 1024 ranks: a few minutes and GB")
-    parser.add_argument("--update", action="store_true", help=f"write the table into {DOCUMENT.name}")
+    parser.add_argument("--update", action="store_true", help=f"write table and plot into {DOCUMENT.name}")
     arguments = parser.parse_args()
     results = [measure(Case(ranks)) for ranks in (FULL_RANKS if arguments.full else RANKS)]
     print(table(results))
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "scale.json").write_text(json.dumps([asdict(each) for each in results]))
-    plot(results, OUT / "scale.png")
-    print(f"wrote {OUT / 'scale.json'} and {OUT / 'scale.png'}")
+    plot(results, OUT / PICTURE.name)
+    print(f"wrote {OUT / 'scale.json'} and {OUT / PICTURE.name}")
     if arguments.update:
         update(DOCUMENT, table(results))
+        plot(results, PICTURE)
 
 
 if __name__ == "__main__":

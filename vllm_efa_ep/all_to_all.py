@@ -13,45 +13,25 @@ When a rank is lost, a half raises ``RankLostError`` or ``RankTimeoutError`` on 
 ``mask()`` and go on without it; ``rejoin()`` lets it in again (docs/rank_loss.md).
 """
 
-from dataclasses import asdict
 from types import TracebackType
-from typing import NamedTuple
 
 import torch
 
-from vllm_efa_ep import __version__
 from vllm_efa_ep.all_to_all_config import AllToAllConfig
-from vllm_efa_ep.argument_checks import check, checked
+from vllm_efa_ep.argument_checks import checked
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.config import Settings
+from vllm_efa_ep.dispatch_input import DispatchInput
 from vllm_efa_ep.dispatched import Dispatched, OutputBuffers
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
-from vllm_efa_ep.generation import Generation
+from vllm_efa_ep.handle import Handle
 from vllm_efa_ep.memory_plan import MemoryPlan
 from vllm_efa_ep.nvtx import range_maker
 from vllm_efa_ep.placement import experts_of
-from vllm_efa_ep.rank_memory import resolve_device
 from vllm_efa_ep.recovery import Generations
 from vllm_efa_ep.stats import Stats
 
 __all__ = ["AllToAll", "AllToAllConfig", "Dispatched", "Handle"]
-
-
-class Handle(NamedTuple):
-    """A round in flight: returned by ``dispatch_send``, taken by the other halves.
-
-    Attributes:
-        channel: The channel it runs on.
-        round: Its number on that channel, from 1 in each generation.
-        tokens: Tokens this rank dispatched; T below.
-        generation: The generation it belongs to; a round does not outlive it.
-
-    """
-
-    channel: int
-    round: int
-    tokens: int
-    generation: int
 
 
 class AllToAll:
@@ -92,7 +72,7 @@ class AllToAll:
         settings = settings if settings is not None else Settings.from_environment()
         self.config = config
         self._range = range_maker(settings)
-        self._generations = Generations(config, bootstrap, settings, _must_agree(config, settings), returning)
+        self._generations = Generations(config, bootstrap, settings, returning)
         self.world = self._generations.current().world
         self.local_experts = experts_of(config.placement(self.world.size), self.world.rank)
         self._plan = config.memory_plan(self.world.size, self.world.ranks_per_node)
@@ -130,8 +110,17 @@ class AllToAll:
             ``[max_tokens_per_rank, columns]`` of ``config.dtype``, not contiguous. Pass its first T rows to
             ``dispatch_send`` as ``x``; from then on they must stay untouched until ``combine_recv``.
 
+        Raises:
+            ConfigurationError: Rows are quantised on their way, so there is no copy to save.
+
         """
-        return self._on(channel).activations[channel]
+        generation = self._generations.on(channel)
+        if not generation.activations:
+            raise ConfigurationError(
+                f"with quantisation {self.config.quantisation!r} no memory takes tokens as they are sent; "
+                "pass any bfloat16 tensor to dispatch_send"
+            )
+        return generation.activations[channel]
 
     def expert_output(self, handle: Handle) -> torch.Tensor:
         """Return memory that other ranks read: experts that write their output here save a copy of every row.
@@ -145,7 +134,7 @@ class AllToAll:
             ConfigurationError: The layout is per_expert: its outputs are summed, so they need another place.
 
         """
-        generation = self._in_flight(handle)
+        generation = self._generations.in_flight(handle)
         if self.config.layout == "per_expert":
             raise ConfigurationError(
                 "expert_output() is for layout per_token; in per_expert, experts use tensors of their own"
@@ -159,56 +148,37 @@ class AllToAll:
         topk_weights: torch.Tensor,
         scales: torch.Tensor | None = None,
         channel: int = 0,
+        count: torch.Tensor | None = None,
     ) -> Handle:
         """Send tokens to the ranks of their experts; waits for nobody.
 
         The inputs may be reused at once, but for an ``x`` that is (the first rows of) ``activations()``.
 
         Args:
-            x: ``[T, columns]`` of ``config.dtype``.
+            x: ``[T, columns]`` of ``config.input_dtype``: ``config.dtype``, or bfloat16 to be quantised.
             topk_ids: int32 or int64 ``[T, K]`` global expert ids; -1 drops a slot. So does an expert whose
                 rank is lost; it is counted (``Stats.dropped_slots``), and no other weight changes.
             topk_weights: float32 ``[T, K]``.
             scales: float32 ``[T, S]`` if the configuration has scales.
             channel: Which channel the round uses.
+            count: int32 ``[1]``: how many of the T rows are tokens, the first ones. It is read when the half
+                runs, so that a captured CUDA graph serves batches of up to T tokens; ``combine_recv`` then
+                leaves the other rows of its output as they are.
 
         Raises:
             ConfigurationError: Too many tokens, an id out of range, a wrong shape or dtype; nothing was sent.
 
         """
-        generation = self._on(channel)
-        tokens = x.shape[0] if x.ndim > 0 else 0
-        config = self.config
-        check("x", x, (tokens, config.columns), (config.dtype,), self._device)
-        if x.stride() != generation.activations[channel].stride():  # rows elsewhere must lie side by side
-            x = x.contiguous()
-        topk_ids = checked(
-            "topk_ids", topk_ids, (tokens, config.top_k), (torch.int32, torch.int64), self._device
+        generation = self._generations.on(channel)
+        in_place = generation.activations[channel] if generation.activations else None
+        given = DispatchInput.of(
+            self.config, self._device, in_place, x, topk_ids, topk_weights, scales, count
         )
-        topk_weights = checked(
-            "topk_weights", topk_weights, (tokens, config.top_k), (torch.float32,), self._device
-        )
-        if (scales is not None) != (config.scale_columns > 0):
-            raise ConfigurationError(
-                f"scales are {'given' if scales is not None else 'missing'}, but scale_columns is "
-                f"{config.scale_columns}; pass float32 scales [tokens, scale_columns] exactly if it is not 0"
-            )
-        if scales is not None:
-            scales = checked("scales", scales, (tokens, config.scale_columns), (torch.float32,), self._device)
         with self._range("dispatch_send"):
-            generation.call(
-                lambda device: device.dispatch_send(
-                    channel,
-                    x.data_ptr(),
-                    x.stride(0) * x.itemsize,
-                    scales.data_ptr() if scales is not None else 0,
-                    topk_ids.data_ptr(),
-                    topk_ids.dtype == torch.int64,
-                    topk_weights.data_ptr(),
-                    tokens,
-                )
-            )
-        return Handle(channel, generation.start_round(channel), tokens, generation.membership.generation)
+            generation.call(lambda halves: given.send(halves, channel))
+        return Handle(
+            channel, generation.start_round(channel), given.tokens, generation.membership.generation
+        )
 
     def dispatch_recv(self, handle: Handle) -> Dispatched:
         """Wait for all rows for this rank's experts.
@@ -219,7 +189,7 @@ class AllToAll:
             TransportError: The network failed.
 
         """
-        generation = self._in_flight(handle)
+        generation = self._generations.in_flight(handle)
         buffers = self._buffers[handle.channel]
         with self._range("dispatch_recv"):
             rows = generation.call(
@@ -247,7 +217,7 @@ class AllToAll:
                 where it must be, no otherwise.
 
         """
-        generation = self._in_flight(handle)
+        generation = self._generations.in_flight(handle)
         config = self.config
         rows = self._buffers[handle.channel].rows
         per_slot = config.layout == "per_token" and expert_output.ndim == 3
@@ -285,7 +255,7 @@ class AllToAll:
             TransportError: The network failed.
 
         """
-        generation = self._in_flight(handle)
+        generation = self._generations.in_flight(handle)
         shape = (handle.tokens, self.config.hidden_size)
         if out is None:
             out = torch.empty(shape, dtype=self.config.combine_dtype, device=self._device)
@@ -305,9 +275,10 @@ class AllToAll:
         topk_weights: torch.Tensor,
         scales: torch.Tensor | None = None,
         channel: int = 0,
+        count: torch.Tensor | None = None,
     ) -> tuple[Dispatched, Handle]:
         """Both halves of dispatch at once."""
-        handle = self.dispatch_send(x, topk_ids, topk_weights, scales, channel)
+        handle = self.dispatch_send(x, topk_ids, topk_weights, scales, channel, count)
         return self.dispatch_recv(handle), handle
 
     def combine(
@@ -331,10 +302,22 @@ class AllToAll:
         gone = {*range(self.world_size)} - {*generation.membership.members} | generation.connection.watch.gone
         return tuple(sorted(gone))
 
-    @property
-    def failed(self) -> bool:
-        """Whether a half has failed, so that all of them raise until ``mask``."""
-        return self._generations.current().failure is not None
+    def fault(self) -> torch.Tensor:
+        """Return a bool on the instance's device: whether a half has failed, in the current stream's order.
+
+        A half that fails raises when it is called, or on CUDA when the next one is. A replayed CUDA graph
+        calls none, so ask here before its results are used. Never waits.
+        """
+        return self._generations.current().fault()
+
+    def raise_fault(self) -> None:
+        """Raise what ``fault`` found.
+
+        Raises:
+            EfaEpError: As the half would have.
+
+        """
+        self._generations.current().raise_fault()
 
     @property
     def incarnation(self) -> int:
@@ -384,28 +367,7 @@ class AllToAll:
 
     def stats(self) -> Stats:
         """Return the totals so far, those of earlier generations included."""
-        generation = self._generations.working()
-        description = generation.connection.description
-        totals = self._generations.totals()
-        return Stats(
-            rank=self.world.rank,
-            world_size=self.world.size,
-            nodes=self.world.nodes,
-            provider=description.provider,
-            fabric=description.fabric,
-            library=description.library,
-            nics=description.nics,
-            huge_pages=generation.connection.arena.huge_pages,
-            generation=generation.membership.generation,
-            live_ranks=len(generation.membership.members),
-            stand_ins=len(generation.stand_ins),
-            half_seconds=totals.half_seconds,
-            wait_seconds=totals.wait_seconds,
-            half_buckets=totals.half_buckets,
-            wait_buckets=totals.wait_buckets,
-            waited_for_seconds=totals.waited_for_seconds,
-            **totals.counters,  # type: ignore[arg-type]
-        )
+        return self._generations.stats()
 
     def close(self) -> None:
         """Collective, unless a failure came first: finish own writes, wait for the others, free all.
@@ -426,38 +388,3 @@ class AllToAll:
         if kind is not None:
             self._generations.abandon(EfaEpError(f"closed after {kind.__name__}: {error}"))
         self.close()
-
-    def _on(self, channel: int) -> Generation:
-        generation = self._generations.working()
-        if not 0 <= channel < self.config.channels:
-            raise ConfigurationError(
-                f"channel {channel} does not exist; use 0 to {self.config.channels - 1}, or set "
-                "AllToAllConfig.channels"
-            )
-        return generation
-
-    def _in_flight(self, handle: Handle) -> Generation:
-        generation = self._on(handle.channel)
-        if handle.generation != generation.membership.generation:
-            raise ConfigurationError(
-                f"the handle is of generation {handle.generation}, but the ranks have agreed on generation "
-                f"{generation.membership.generation}; the round is lost, dispatch its tokens again"
-            )
-        if handle.round != generation.rounds[handle.channel]:
-            raise ConfigurationError(
-                f"the handle is of round {handle.round}, but channel {handle.channel} is in round "
-                f"{generation.rounds[handle.channel]}; use each handle until its combine_recv, then drop it"
-            )
-        return generation
-
-
-def _must_agree(config: AllToAllConfig, settings: Settings) -> dict[str, object]:
-    wanted = {name: str(value) for name, value in asdict(config).items()}
-    return {
-        **wanted,
-        "device": resolve_device(config.device),
-        "EFA_EP_CHUNK_BYTES": settings.chunk_bytes,
-        "EFA_EP_RANKS_PER_NODE": settings.ranks_per_node,
-        "EFA_EP_TRACE is set": bool(settings.trace),
-        "vllm_efa_ep version": __version__,
-    }

@@ -11,6 +11,7 @@ from vllm_efa_ep.memory_plan import MemoryPlan
 from vllm_efa_ep.placement import linear_placement
 
 Layout = Literal["per_token", "per_expert"]
+Quantisation = Literal["none", "fp8", "fp8_ue8m0"]
 
 COMBINE_TYPES = {
     torch.bfloat16: _core.ScalarType.bfloat16,
@@ -26,7 +27,13 @@ _PAYLOAD_TYPES = (
     torch.float8_e5m2,
     torch.uint8,
 )
+QUANTISATIONS = {
+    "none": _core.Quantisation.none,
+    "fp8": _core.Quantisation.fp8,
+    "fp8_ue8m0": _core.Quantisation.fp8_ue8m0,
+}
 _ROW_ALIGNMENT = 16
+_SCALE_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,9 @@ class AllToAllConfig:
         combine_dtype: Element type of expert outputs and of the result.
         payload_columns: Elements of one dispatched activation, if not H (packed formats: fp4 in uint8).
         scale_columns: float32 block scales per token, 0 for none; S below.
+        quantisation: ``fp8``: ``dispatch_send`` takes bfloat16 and makes float8_e4m3fn of it, with a float32
+            scale per 128 elements, the largest magnitude / 448. ``fp8_ue8m0``: the same with scales rounded
+            up to powers of two, as float8_e8m0fnu. ``none``: rows travel as they are.
         layout: ``per_token``: received rows ``[M, H]``. ``per_expert``: ``[experts, capacity, H]``.
         channels: Rounds that can be in flight at once, 1 or 2.
         expert_to_rank: Owner rank of every expert; None places them linearly.
@@ -58,6 +68,7 @@ class AllToAllConfig:
     combine_dtype: torch.dtype = torch.bfloat16
     payload_columns: int | None = None
     scale_columns: int = 0
+    quantisation: Quantisation = "none"
     layout: Layout = "per_token"
     channels: int = 1
     expert_to_rank: tuple[int, ...] | None = None
@@ -67,6 +78,21 @@ class AllToAllConfig:
     def columns(self) -> int:
         """Elements of one dispatched activation."""
         return self.hidden_size if self.payload_columns is None else self.payload_columns
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Element type of what ``dispatch_send`` takes."""
+        return self.dtype if self.quantisation == "none" else torch.bfloat16
+
+    @property
+    def received_scales(self) -> int:
+        """Scales of one received row."""
+        return self.scale_columns if self.quantisation == "none" else self.columns // _SCALE_GROUP
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Their element type."""
+        return torch.float8_e8m0fnu if self.quantisation == "fp8_ue8m0" else torch.float32
 
     def placement(self, world_size: int) -> tuple[int, ...]:
         """Return the owner of every expert."""
@@ -86,7 +112,7 @@ class AllToAllConfig:
             ranks_per_node=ranks_per_node,
             top_k=self.top_k,
             payload_bytes=self.columns * self.dtype.itemsize,
-            scale_bytes=4 * self.scale_columns,
+            scale_bytes=self.received_scales * self.scale_dtype.itemsize,
             combine_bytes=self.hidden_size * self.combine_dtype.itemsize,
             max_tokens=self.max_tokens_per_rank,
             channels=self.channels,
@@ -114,6 +140,9 @@ class AllToAllConfig:
         _check_choice("layout", self.layout, ("per_token", "per_expert"))
         _check_choice("dtype", self.dtype, _PAYLOAD_TYPES)
         _check_choice("combine_dtype", self.combine_dtype, tuple(COMBINE_TYPES))
+        _check_choice("quantisation", self.quantisation, tuple(QUANTISATIONS))
+        if self.quantisation != "none":
+            self._check_quantisation()
         for name, columns, dtype in (
             ("dispatched row", self.columns, self.dtype),
             ("combined row", self.hidden_size, self.combine_dtype),
@@ -132,6 +161,23 @@ class AllToAllConfig:
             )
         for expert, owner in enumerate(self.placement(world_size)):
             _check_range(f"expert_to_rank[{expert}]", owner, 0, world_size - 1)
+
+    def _check_quantisation(self) -> None:
+        if self.dtype != torch.float8_e4m3fn:
+            raise ConfigurationError(
+                f"quantisation {self.quantisation!r} makes float8_e4m3fn, but dtype is {self.dtype}; set "
+                "dtype=torch.float8_e4m3fn"
+            )
+        if self.columns % _SCALE_GROUP:
+            raise ConfigurationError(
+                f"quantisation needs rows of whole groups of {_SCALE_GROUP} elements, but they have "
+                f"{self.columns}; quantise before dispatch, with scale_columns"
+            )
+        if self.scale_columns:
+            raise ConfigurationError(
+                f"scale_columns is {self.scale_columns}, but with quantisation the scales are made on the "
+                "way; set it to 0"
+            )
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

@@ -177,10 +177,11 @@ SETTINGS: tuple[Setting, ...] = (
         "integer",
         256 * 1024,
         "bytes",
-        "Longest write. Rows of one pair are cut into equal chunks of at most this size, doubled as often as "
-        "the completion queues need to hold all that can arrive.",
+        "Size of a write. The rows of a pair are cut into as many equal chunks as come nearest to it, the "
+        "longest less than a row above one and a half of it. Doubled as often as the completion queues need "
+        "to hold all that can arrive.",
         minimum=1,
-        maximum=2**30,
+        maximum=2**25,
     ),
     Setting(
         "EFA_EP_RING_COMMANDS",
@@ -210,6 +211,17 @@ SETTINGS: tuple[Setting, ...] = (
         "Where GPU kernels poll for arrivals. `gdrcopy`: in GPU memory, written through GDRCopy. `pinned`: "
         "in host memory, over PCIe. `auto`: `gdrcopy` where library and driver are there, which is logged.",
         choices=("auto", "gdrcopy", "pinned"),
+    ),
+    Setting(
+        "EFA_EP_GPU_HANDLES",
+        "gpu_handles",
+        "string",
+        "descriptor",
+        "",
+        "How the ranks of a node share GPU memory. `descriptor`: file descriptors, inside a host. `fabric`: "
+        "handles that other hosts of the same NVLink domain (GB200 NVL72) can map, too; needs an IMEX "
+        "channel, and EFA_EP_RANKS_PER_NODE: how many ranks of the domain make up a node.",
+        choices=("descriptor", "fabric"),
     ),
     Setting(
         "EFA_EP_NUM_SMS",
@@ -280,6 +292,7 @@ class Settings:
     ring_commands: int = 4096
     nixl_backend: str = "auto"
     gpu_signals: str = "auto"
+    gpu_handles: str = "descriptor"
     num_sms: int = 16
     stats_dir: str = ""
     trace: str = ""

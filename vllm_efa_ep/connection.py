@@ -87,6 +87,7 @@ class Connection:
         """Stop watching, then the device, the proxy, and the fabric, then unmap."""
         self.watch.close()
         self.memory.stop()
+        self.memory.wait()
         self.proxy = None
         self._fabric = None
         self.arenas = []
@@ -124,18 +125,27 @@ def _share_memory(
 ) -> list[Arena]:
     with ExitStack() as cleanup:
 
-        def allocate() -> tuple[tuple[Arena, DescriptorExchange], bytes]:
+        def allocate() -> tuple[tuple[Arena, DescriptorExchange | None], bytes]:
+            arena = memory.create(layout.total_bytes)
+            if fabric_handle := memory.fabric_handle(arena):  # a secret of the run, as invitations are
+                return (arena, None), fabric_handle
             exchange = cleanup.enter_context(closing(DescriptorExchange(world.index, world.ranks_per_node)))
-            return (memory.create(layout.total_bytes), exchange), exchange.invitation.encode()
+            return (arena, exchange), exchange.invitation.encode()
 
         (own, exchange), told = agree(bootstrap, "allocating memory", allocate)
-        invitations = [told[rank].decode(errors="replace") for rank in world.node_ranks]
+        of_node = [told[rank] for rank in world.node_ranks]
 
-        def map_peers() -> tuple[dict[int, Arena], bytes]:
+        def shared() -> dict[int, int] | dict[int, bytes]:
+            if exchange is None:
+                return {index: each for index, each in enumerate(of_node) if index != world.index}
+            invitations = [each.decode(errors="replace") for each in of_node]
             descriptors = exchange.exchange(own.descriptor, invitations, timeout_s)
             for descriptor in descriptors.values():
                 cleanup.callback(os.close, descriptor)
-            peers = {index: memory.map(each, own.bytes) for index, each in descriptors.items()}
+            return descriptors
+
+        def map_peers() -> tuple[dict[int, Arena], bytes]:
+            peers = {index: memory.map(each, own.bytes) for index, each in shared().items()}
             return {world.index: own, **peers}, b""
 
         arenas, _ = agree(bootstrap, "sharing memory inside the node", map_peers)

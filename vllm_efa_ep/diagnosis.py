@@ -80,8 +80,7 @@ def explain(
     except ConfigurationError as not_understood:
         return loss() or str(not_understood)
     except EfaEpError as bootstrap_error:
-        unknown = f"Who else waits is unknown: {bootstrap_error}; its host (usually rank 0) is dead or stuck"
-        return loss() or unknown
+        return loss() or f"Who else waits is unknown: {bootstrap_error}"
     return loss() or describe(bootstrap.rank, reports)
 
 

@@ -16,7 +16,8 @@ class Dispatched(NamedTuple):
 
     Attributes:
         x: ``[M, columns]``, or ``[local experts, capacity, columns]`` in the per_expert layout.
-        scales: float32, like ``x`` with S columns; None without scales.
+        scales: float32, like ``x`` with S columns; with quantisation ``AllToAllConfig.scale_dtype``, with a
+            column per 128 of ``x``; None without scales.
         topk_ids: int32 ``[M, K]``, the global ids the token was routed to (experts of other ranks included);
             None in the per_expert layout.
         topk_weights: float32 ``[M, K]``; None in the per_expert layout.
@@ -73,7 +74,9 @@ class OutputBuffers:
         config, empty = self._config, partial(torch.empty, device=self._device)
         self._whole = whole = Dispatched(
             empty((*shape, config.columns), dtype=config.dtype),
-            empty((*shape, config.scale_columns), dtype=torch.float32) if config.scale_columns else None,
+            empty((*shape, config.received_scales), dtype=config.scale_dtype)
+            if config.received_scales
+            else None,
             empty((*shape, config.top_k), dtype=torch.int32) if with_routing else None,
             empty((*shape, config.top_k), dtype=torch.float32) if with_routing else None,
             self._tokens_per_expert,

@@ -19,6 +19,13 @@ class MembershipError(EfaEpError, PermissionError):
     """A process that cannot show the run's token wanted to take part in it."""
 
 
+class StoreLostError(EfaEpError, ConnectionError):
+    """The store over which the ranks agree does not answer; without it there is no mask and no rejoin.
+
+    The process that hosts it has ended or is stuck. All ranks have to be restarted.
+    """
+
+
 class FabricUnavailableError(EfaEpError, RuntimeError):
     """No usable libfabric, provider or network interface on this machine."""
 

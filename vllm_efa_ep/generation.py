@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from vllm_efa_ep import _core
-from vllm_efa_ep.all_to_all_config import COMBINE_TYPES, AllToAllConfig
+from vllm_efa_ep.all_to_all_config import COMBINE_TYPES, QUANTISATIONS, AllToAllConfig
 from vllm_efa_ep.arena_views import activations, results
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.generation import GenerationBootstrap
@@ -34,6 +36,9 @@ from vllm_efa_ep.stats import Totals
 from vllm_efa_ep.trace.files import write_trace
 from vllm_efa_ep.watch import Watch
 from vllm_efa_ep.world import World, join_world
+
+if TYPE_CHECKING:
+    from vllm_efa_ep.cuda.kept_memory import KeptMemory
 
 # Part of the deadline kept for finding out which rank is at fault.
 _DIAGNOSIS_SHARE = 0.1
@@ -63,17 +68,32 @@ class Generation:
         owners = config.placement(self.world.size)
         owners = tuple(owner if owner in membership.members else _core.NO_OWNER for owner in owners)
         self.stand_ins = [
-            StandIn(*each, _core.StandIn(**_device_arguments(config, settings, owners, *each)))
-            for each in stand_ins
+            StandIn(
+                world,
+                connection,
+                connection.memory.make_stand_in(
+                    _device_arguments(config, settings, owners, world, connection), self.connection.memory
+                ),
+            )
+            for world, connection in stand_ins
         ]
         # Without a reference to this instance, which would keep itself alive through the device.
         self._check_wait = partial(_check_wait, self.stand_ins, self.connection.watch)
         self._device: Halves | None = self.connection.memory.make_halves(
-            _device_arguments(config, settings, owners, *position), self._check_wait
+            {
+                **_device_arguments(config, settings, owners, *position),
+                "quantisation": QUANTISATIONS[config.quantisation],
+            },
+            self._check_wait,
         )
         layout = config.core_layout(self.world.size, self.world.ranks_per_node)
         channels = range(config.channels)
-        self.activations = [activations(self.connection, layout, channel, config) for channel in channels]
+        #: By channel; none if rows are quantised on their way.
+        self.activations = [
+            activations(self.connection, layout, channel, config)
+            for channel in channels
+            if config.quantisation == "none"
+        ]
         self.results = [results(self.connection, layout, channel, config) for channel in channels]
 
     def start_round(self, channel: int) -> int:
@@ -102,6 +122,20 @@ class Generation:
         # caller keeps the error.
         del device
         raise failure.with_traceback(None)
+
+    def fault(self) -> torch.Tensor:
+        """Return a bool where the tensors are, in the current stream's order: whether a half has failed."""
+        memory = self.connection.memory
+        word = memory.fault_word()
+        if self.failure is not None or word is None:
+            return torch.tensor(self.failure is not None, device=memory.device)
+        return (word != 0).any()
+
+    def raise_fault(self) -> None:
+        """Raise the failure of a half, which in a replayed CUDA graph had no call to raise it."""
+        if self.failure is not None:
+            raise self.failure.with_traceback(None)
+        self.call(lambda _: self.connection.memory.raise_fault())
 
     def totals(self) -> Totals:
         """Return what this rank's own position has done."""
@@ -136,6 +170,10 @@ class Generation:
         self._write_trace()
         self._device = None
         self.activations, self.results = [], []
+        # All of them first: on a GPU, to wait for one is to wait for all.
+        self.connection.memory.stop()
+        for stand_in in self.stand_ins:
+            stand_in.stop()
         while self.stand_ins:
             self.stand_ins.pop().close()
         self.connection.close()
@@ -167,10 +205,15 @@ def _check_wait(stand_ins: list[StandIn], watch: Watch, half: str, round: int, w
 
 
 def first_generation(
-    config: AllToAllConfig, bootstrap: Bootstrap, settings: Settings, must_agree: Mapping[str, Any]
+    config: AllToAllConfig,
+    bootstrap: Bootstrap,
+    settings: Settings,
+    must_agree: Mapping[str, Any],
+    kept: "KeptMemory | None",
 ) -> Generation:
     """Collective: start a world in which every rank is alive."""
-    position = _take_position(config, bootstrap, settings, must_agree, None, _memory(config, settings))
+    memory = memory_for(resolve_device(config.device), settings, kept)
+    position = _take_position(config, bootstrap, settings, must_agree, None, memory)
     membership = Membership.first(bootstrap.world_size, position[0].ranks_per_node)
     return Generation(config, bootstrap, settings, membership, position, [])
 
@@ -181,15 +224,12 @@ def build_generation(
     settings: Settings,
     must_agree: Mapping[str, Any],
     membership: Membership,
+    kept: "KeptMemory | None",
 ) -> Generation:
     """Collective between the members: connect all positions anew, the lost ones with stand-ins.
 
     Every position is connected as at the start, each in a thread of its own.
     """
-    if resolve_device(config.device) != "cpu" and len(membership.members) < bootstrap.world_size:
-        raise ConfigurationError(
-            "lost ranks have no stand-ins on GPUs; let them come back (rejoin), or restart without them"
-        )
     settings = replace(settings, ranks_per_node=membership.ranks_per_node)
     server_of = servers(bootstrap.world_size, membership.ranks_per_node, membership.members)
     own = [rank for rank, server in enumerate(server_of) if server == bootstrap.rank]
@@ -207,7 +247,9 @@ def build_generation(
 
     with ThreadPoolExecutor(len(own), "efa_ep_position") as threads:
         # Their memory is chosen here: torch's current GPU is this thread's.
-        futures = [threads.submit(take, each, _memory(config, settings)) for each in keys]
+        device = resolve_device(config.device)
+        memories = [memory_for(device, settings, kept if number == 0 else None) for number in range(len(own))]
+        futures = [threads.submit(take, *each) for each in zip(keys, memories, strict=True)]
     errors = list(filter(None, (future.exception() for future in futures)))
     if errors:
         for future in futures:
@@ -235,7 +277,8 @@ def _take_position(
     server_of: tuple[int, ...] | None,
     memory: RankMemory,
 ) -> tuple[World, Connection]:
-    world = join_world(bootstrap, must_agree, settings.ranks_per_node, server_of)
+    on_fabric = settings.gpu_handles == "fabric" and resolve_device(config.device) == "cuda"
+    world = join_world(bootstrap, must_agree, settings.ranks_per_node, server_of, on_fabric)
     config.check(world.size, world.ranks_per_node)
     layout = config.core_layout(world.size, world.ranks_per_node)
     return world, connect(world, layout, bootstrap, settings, _wait_seconds(settings), memory)
@@ -258,10 +301,6 @@ def _device_arguments(
         "arenas": connection.arenas,
         "proxy": connection.proxy,
     }
-
-
-def _memory(config: AllToAllConfig, settings: Settings) -> RankMemory:
-    return memory_for(resolve_device(config.device), settings)
 
 
 def _wait_seconds(settings: Settings) -> float:

@@ -1,7 +1,6 @@
 """Where a rank's arena lies, CPU or GPU, and what follows for its fabric, proxy and halves."""
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -9,6 +8,10 @@ from torch.utils.dlpack import from_dlpack
 from vllm_efa_ep import _core
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, DeviceUnavailableError
+from vllm_efa_ep.watch import CheckWait
+
+if TYPE_CHECKING:
+    from vllm_efa_ep.cuda.kept_memory import KeptMemory
 
 
 class Arena(Protocol):
@@ -40,8 +43,9 @@ class Halves(Protocol):
         ids_are_64_bit: bool,
         weights: int,
         tokens: int,
+        token_count: int,
     ) -> None:
-        """Start a round."""
+        """Start a round; ``token_count`` is the address of how many of ``tokens`` count, or 0: all."""
 
     def dispatch_recv(
         self, channel: int, room: int, x: int, scales: int, ids: int, weights: int, tokens_per_expert: int
@@ -84,6 +88,22 @@ class Halves(Protocol):
         """Return how many older spans were replaced."""
 
 
+class StandInCore(Protocol):
+    """What runs the halves of a lost rank's position: ``_core.StandIn`` or ``cuda.stand_in.GpuStandIn``."""
+
+    def start_round(self, channel: int) -> None:
+        """Run one round more, if it does not notice by itself that one began."""
+
+    def wait_until_idle(self, most_s: float) -> bool:
+        """Wait until every round that was begun is over, or ``most_s`` has passed; say which."""
+
+    def stop(self) -> None:
+        """End its threads and waits; safe to repeat."""
+
+    def throw_if_failed(self) -> None:
+        """Raise what ended a round."""
+
+
 class RankMemory(Protocol):
     """One rank's memory, and what knows of which kind it is."""
 
@@ -92,8 +112,11 @@ class RankMemory(Protocol):
     def create(self, size: int) -> Any:
         """Allocate the arena."""
 
-    def map(self, descriptor: int, size: int) -> Any:
-        """Map a local peer's arena."""
+    def fabric_handle(self, arena: Any) -> bytes:
+        """Return what peers map in the place of its descriptor, on other hosts, too; empty: they cannot."""
+
+    def map(self, shared: Any, size: int) -> Any:
+        """Map a peer's arena: its descriptor, or its fabric handle."""
 
     def tensor(self, arena: Any, offset: int, size: int) -> torch.Tensor:
         """Return bytes of an arena as uint8 ``[size]``; they keep it mapped."""
@@ -107,17 +130,26 @@ class RankMemory(Protocol):
     def proxy_arguments(self, arena: Any, layout: _core.Layout) -> dict[str, Any]:
         """Return what ``_core.Proxy`` is to know of this memory."""
 
-    def make_halves(self, arguments: dict[str, Any], check_wait: Callable[[str, int, str], None]) -> Halves:
+    def make_halves(self, arguments: dict[str, Any], check_wait: CheckWait) -> Halves:
         """Return the halves on connected memory; ``arguments`` are those of ``_core.CpuDevice``."""
+
+    def make_stand_in(self, arguments: dict[str, Any], server: Any) -> StandInCore:
+        """Return what serves a lost rank's position here; ``server`` is the memory of this process's rank."""
 
     def first_room(self, capacity: int) -> int:
         """Return for how many rows the output has room at the start; it grows where it can."""
+
+    def fault_word(self) -> torch.Tensor | None:
+        """Return bytes that are not 0 once a half has failed; None where a half that fails raises."""
+
+    def raise_fault(self) -> None:
+        """Raise the failure of a half that could not raise it."""
 
     def wait(self) -> None:
         """Wait for the halves that were called; each has its own deadline."""
 
     def stop(self) -> None:
-        """End waits of halves that still run, and wait for the halves: their memory goes."""
+        """End waits of halves that still run: their memory goes. ``wait`` for them."""
 
     def close(self) -> None:
         """Free what is not the arena, after proxy and halves are gone."""
@@ -135,6 +167,10 @@ class HostMemory:
     def create(self, size: int) -> _core.Arena:
         """Allocate the arena."""
         return _core.Arena.create(size)
+
+    def fabric_handle(self, arena: _core.Arena) -> bytes:  # noqa: ARG002
+        """Return none: no other host can map it."""
+        return b""
 
     def map(self, descriptor: int, size: int) -> _core.Arena:
         """Map a local peer's arena."""
@@ -156,13 +192,24 @@ class HostMemory:
         """Signals lie in the arena, and ranks submit commands by calls."""
         return {"arena": arena}
 
-    def make_halves(self, arguments: dict[str, Any], check_wait: Callable[[str, int, str], None]) -> Halves:
+    def make_halves(self, arguments: dict[str, Any], check_wait: CheckWait) -> Halves:
         """Return the halves on the CPU."""
         return _core.CpuDevice(**arguments, check_wait=check_wait, trace_spans=self._traced_spans)
+
+    def make_stand_in(self, arguments: dict[str, Any], server: "HostMemory") -> StandInCore:  # noqa: ARG002
+        """Return the halves in threads."""
+        return _core.StandIn(**arguments)
 
     def first_room(self, capacity: int) -> int:  # noqa: ARG002
         """Rows are counted before they are packed, so room can wait."""
         return 0
+
+    def fault_word(self) -> torch.Tensor | None:
+        """Halves raise."""
+        return None
+
+    def raise_fault(self) -> None:
+        """Halves raise."""
 
     def wait(self) -> None:
         """Halves are over when they return."""
@@ -193,10 +240,26 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def memory_for(device: str, settings: Settings) -> RankMemory:
-    """Return the memory of this rank: ``device`` is "cpu", or "cuda" for this thread's current GPU."""
+def kept_memory_for(device: str) -> "KeptMemory | None":
+    """Return what a rank keeps from generation to generation: nothing on the CPU."""
+    if device == "cpu":
+        return None
+    from vllm_efa_ep.cuda.kept_memory import KeptMemory
+
+    return KeptMemory()
+
+
+def memory_for(device: str, settings: Settings, kept: "KeptMemory | None") -> RankMemory:
+    """Return a rank's memory for one generation.
+
+    Args:
+        device: "cpu", or "cuda" for this thread's current GPU.
+        settings: Of this rank.
+        kept: ``kept_memory_for`` this rank; None for a stand-in, which keeps nothing.
+
+    """
     if device == "cpu":
         return HostMemory(settings.traced_spans)
     from vllm_efa_ep.cuda.rank_memory import GpuMemory
 
-    return GpuMemory(settings)
+    return GpuMemory(settings, kept)

@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+from vllm_efa_ep import __version__
 from vllm_efa_ep.all_to_all_config import AllToAllConfig
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.config import Settings
@@ -16,8 +17,10 @@ from vllm_efa_ep.errors import (
     TransportError,
 )
 from vllm_efa_ep.generation import Generation, build_generation, first_generation
+from vllm_efa_ep.handle import Handle
 from vllm_efa_ep.membership import Agreement, Membership
-from vllm_efa_ep.stats import Totals
+from vllm_efa_ep.rank_memory import kept_memory_for, resolve_device
+from vllm_efa_ep.stats import Stats, Totals
 
 logger = logging.getLogger(__name__)
 
@@ -33,23 +36,23 @@ class Generations:
         config: AllToAllConfig,
         bootstrap: Bootstrap,
         settings: Settings,
-        must_agree: dict[str, object],
         returning: bool,
     ) -> None:
         """Collective: build the first; with ``returning``, wait to be let into the one that comes next."""
         self._config = config
         self._bootstrap = bootstrap
         self._settings = settings
-        self._must_agree = must_agree
+        self._must_agree = _must_agree(config, settings)
         self._agreement = Agreement(bootstrap, settings.mask_window_s)
         self._boundaries = 0  # calls of rejoin() in this generation
         self._past = Totals()  # of earlier generations
         self._failure: EfaEpError | None = None  # why there is no generation
         self._current: Generation | None = None
+        self._kept = kept_memory_for(resolve_device(config.device))
         if returning:
             self._come_back()
         else:
-            self._current = first_generation(config, bootstrap, settings, must_agree)
+            self._current = first_generation(config, bootstrap, settings, self._must_agree, self._kept)
         # Stand-ins keep their NICs, however many ranks a host has lost.
         nics = len(self.current().connection.description.nics)
         self._settings = replace(settings, nics_per_rank=nics or settings.nics_per_rank)
@@ -69,9 +72,55 @@ class Generations:
             raise generation.failure.with_traceback(None)
         return generation
 
-    def totals(self) -> Totals:
+    def on(self, channel: int) -> Generation:
+        """Return the working generation, if it has that channel."""
+        generation = self.working()
+        if not 0 <= channel < self._config.channels:
+            raise ConfigurationError(
+                f"channel {channel} does not exist; use 0 to {self._config.channels - 1}, or set "
+                "AllToAllConfig.channels"
+            )
+        return generation
+
+    def in_flight(self, handle: Handle) -> Generation:
+        """Return the working generation, if the handle's round is in flight there."""
+        generation = self.on(handle.channel)
+        if handle.generation != generation.membership.generation:
+            raise ConfigurationError(
+                f"the handle is of generation {handle.generation}, but the ranks have agreed on generation "
+                f"{generation.membership.generation}; the round is lost, dispatch its tokens again"
+            )
+        if handle.round != generation.rounds[handle.channel]:
+            raise ConfigurationError(
+                f"the handle is of round {handle.round}, but channel {handle.channel} is in round "
+                f"{generation.rounds[handle.channel]}; use each handle until its combine_recv, then drop it"
+            )
+        return generation
+
+    def stats(self) -> Stats:
         """Return what this rank has done in all generations."""
-        return self._past + self.working().totals()
+        generation = self.working()
+        description = generation.connection.description
+        totals = self._past + generation.totals()
+        return Stats(
+            rank=generation.world.rank,
+            world_size=generation.world.size,
+            nodes=generation.world.nodes,
+            provider=description.provider,
+            fabric=description.fabric,
+            library=description.library,
+            nics=description.nics,
+            huge_pages=generation.connection.arena.huge_pages,
+            generation=generation.membership.generation,
+            live_ranks=len(generation.membership.members),
+            stand_ins=len(generation.stand_ins),
+            half_seconds=totals.half_seconds,
+            wait_seconds=totals.wait_seconds,
+            half_buckets=totals.half_buckets,
+            wait_buckets=totals.wait_buckets,
+            waited_for_seconds=totals.waited_for_seconds,
+            **totals.counters,  # type: ignore[arg-type]
+        )
 
     def mask(self) -> None:
         """Collective between the survivors: give the generation up for one without the lost ranks."""
@@ -105,6 +154,8 @@ class Generations:
             self._current.connection.watch.leave()
         self._current.close()
         self._current = None
+        if self._kept is not None:
+            self._kept.close()
 
     def _finish(self, generation: Generation) -> None:
         try:
@@ -155,7 +206,7 @@ class Generations:
         for _ in range(_TRIES):
             try:
                 return build_generation(
-                    self._config, self._bootstrap, self._settings, self._must_agree, membership
+                    self._config, self._bootstrap, self._settings, self._must_agree, membership, self._kept
                 )
             except EfaEpError as error:
                 failure = f"generation {membership.generation} failed at its start: {error}"
@@ -163,3 +214,16 @@ class Generations:
             membership = self._agreement.next(membership, gone, {})
         # Not the error itself: its frames refer to the memory of the generation that failed.
         raise EfaEpError(f"the ranks agreed {_TRIES} times on a mask and could not start; {failure}")
+
+
+def _must_agree(config: AllToAllConfig, settings: Settings) -> dict[str, object]:
+    wanted = {name: str(value) for name, value in asdict(config).items()}
+    return {
+        **wanted,
+        "device": resolve_device(config.device),
+        "EFA_EP_CHUNK_BYTES": settings.chunk_bytes,
+        "EFA_EP_GPU_HANDLES": settings.gpu_handles,
+        "EFA_EP_RANKS_PER_NODE": settings.ranks_per_node,
+        "EFA_EP_TRACE is set": bool(settings.trace),
+        "vllm_efa_ep version": __version__,
+    }

@@ -8,9 +8,9 @@ layout, offset, rank number and proof stays as it is.
 import time
 from collections.abc import Sequence
 
-from vllm_efa_ep import _core
 from vllm_efa_ep.connection import Connection
 from vllm_efa_ep.errors import RankTimeoutError
+from vllm_efa_ep.rank_memory import StandInCore
 from vllm_efa_ep.watch import CheckWait
 from vllm_efa_ep.world import World
 
@@ -51,7 +51,7 @@ def servers(world_size: int, ranks_per_node: int, members: Sequence[int]) -> tup
 class StandIn:
     """A lost rank's position, served by this process."""
 
-    def __init__(self, world: World, connection: Connection, core: _core.StandIn) -> None:
+    def __init__(self, world: World, connection: Connection, core: StandInCore) -> None:
         """Take over the position's connection and the threads that run its halves."""
         self.rank = world.rank
         self._connection = connection
@@ -75,8 +75,11 @@ class StandIn:
                 raise RankTimeoutError(wait, "close", 0, (self.rank,))
         self._connection.drain(timeout_s, check)
 
-    def close(self) -> None:
-        """End its threads and free its memory."""
+    def stop(self) -> None:
+        """End its threads, and whatever they wait for."""
         self._core.stop()
+
+    def close(self) -> None:
+        """Free its memory, after ``stop``."""
         del self._core
         self._connection.close()

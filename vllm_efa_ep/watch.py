@@ -30,6 +30,7 @@ from weakref import WeakSet
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.admission import callers
+from vllm_efa_ep.bootstrap.keep_alive import expect_signs_of_life
 from vllm_efa_ep.bootstrap.run import TOKEN_BYTES, is_member, new_token
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, RankLostError
@@ -45,9 +46,6 @@ logger = logging.getLogger(__name__)
 _NEWS = struct.Struct("!I")
 _CALLED_OFF = 2**32 - 1
 _HELLO = struct.Struct(f"!{TOKEN_BYTES}sI")
-# Into this many parts TCP's keep-alive divides the time that a host may be silent: one before it asks for a
-# sign of life, then one per question.
-_KEEP_ALIVE_PARTS = 4
 
 
 class Watch:
@@ -267,7 +265,8 @@ def start_watch(
                 for rank, connection in _answer(server, listeners[world.rank], children, timeout_s).items():
                     neighbours[rank] = cleanup.enter_context(connection)
             for connection in neighbours.values():
-                _expect_signs_of_life(connection, host_timeout_s)
+                connection.settimeout(None)
+                expect_signs_of_life(connection, host_timeout_s)
             return neighbours, b""
 
         neighbours, _ = agree(bootstrap, "connecting the ranks that watch each other", meet)
@@ -331,15 +330,3 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     while len(received) < size and (part := connection.recv(size - len(received))):
         received += part
     return received
-
-
-def _expect_signs_of_life(connection: socket.socket, host_timeout_s: int) -> None:
-    connection.settimeout(None)
-    part = host_timeout_s // _KEEP_ALIVE_PARTS
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, part)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, part)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEP_ALIVE_PARTS - 1)
-    # News on its way to a silent host is repeated for many minutes otherwise, and keep-alive waits for that.
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, host_timeout_s * 1000)

@@ -158,6 +158,7 @@ def join_world(
     must_agree: Mapping[str, Any],
     ranks_per_node: int,
     server_of: tuple[int, ...] | None = None,
+    nodes_span_hosts: bool = False,
 ) -> World:
     """Collective: check that all ranks want the same, and find out which of them share a host.
 
@@ -166,6 +167,7 @@ def join_world(
         must_agree: Names and values (JSON) that have to be equal on all ranks.
         ranks_per_node: Ranks per node, or 0 to take the greatest common divisor of the hosts' rank counts.
         server_of: As in ``World``; None if every rank is alive.
+        nodes_span_hosts: Whether ranks of several hosts can be a node, if ``ranks_per_node`` says so.
 
     Raises:
         ConfigurationError: Ranks disagree, two claim one id, or ``ranks_per_node`` does not fit the hosts.
@@ -186,7 +188,7 @@ def join_world(
     return World(
         rank=bootstrap.rank,
         size=len(claims),
-        ranks_per_node=_ranks_per_node(hosts, ranks_per_node),
+        ranks_per_node=_ranks_per_node(hosts, ranks_per_node, nodes_span_hosts),
         host_of=tuple(hosts.index(host) for host in hosts),
         server_of=server_of if server_of is not None else tuple(range(len(claims))),
     )
@@ -218,9 +220,9 @@ def _check_claims(claims: list[_Claim]) -> None:
                 )
 
 
-def _ranks_per_node(hosts: list[str], wanted: int) -> int:
+def _ranks_per_node(hosts: list[str], wanted: int, nodes_span_hosts: bool) -> int:
     runs = [len(list(run)) for _, run in groupby(hosts)]
-    fitting = gcd(*runs)
+    fitting = len(hosts) if nodes_span_hosts and wanted else gcd(*runs)
     if wanted == 0:
         return fitting
     if fitting % wanted != 0:

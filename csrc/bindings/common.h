@@ -46,6 +46,9 @@ inline InterruptCheck interrupt_check(CheckWait check_wait) {
   };
 }
 
+/// Lets C++ raise the classes of vllm_efa_ep.errors.
+void register_errors();
+
 /// The measurement of a link between two ranks.
 void bind_link(nanobind::module_& m);
 

@@ -3,10 +3,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
+#include <cstddef>
 
 #include "bindings/common.h"
 
 #include "cuda/device.h"
+#include "cuda/stand_in.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -27,6 +29,7 @@ void bind_host_block(nb::module_& m) {
   m.def(
       "cuda_signals_offset", [](uint32_t ring_commands) { return HostBlock::signals_offset(ring_commands); },
       "ring_commands"_a, "Where in it the signals are, if they are not in the arena.");
+  m.attr("cuda_error_offset") = offsetof(HostBlock, error);
   m.def(
       "cuda_stop",
       [](uintptr_t host_address) {
@@ -45,11 +48,36 @@ void bind_host_block(nb::module_& m) {
           nb::kw_only(), "host_address"_a, "ring_commands"_a);
 }
 
-void bind_quantisation(nb::module_& m) {
-  nb::enum_<cuda::Quantisation>(m, "Quantisation")
-      .value("none", cuda::Quantisation::kNone)
-      .value("fp8", cuda::Quantisation::kFp8)
-      .value("fp8_power_of_2", cuda::Quantisation::kFp8PowerOf2);
+nb::typed<nb::dict, std::string, nb::any> counters_of(const CudaDevice& device) {
+  const cuda::ChannelTotals totals = device.totals();
+  nb::dict result;
+  result["rounds"] = totals.rounds;
+  result["tokens"] = totals.tokens;
+  result["received_rows"] = totals.received_rows;
+  result["network_rows"] = totals.network_rows;
+  result["peer_rows"] = totals.peer_rows;
+  result["dropped_slots"] = totals.dropped_slots;
+  result["dropped_weight"] =
+      static_cast<double>(static_cast<int64_t>(totals.dropped_weight)) / cuda::ChannelTotals::kWeightUnits;
+  return result;
+}
+
+void bind_stand_in(nb::module_& m) {
+  using cuda::StandIn;
+  nb::class_<StandIn>(m, "CudaStandIn")
+      .def(
+          "__init__",
+          [](StandIn* self, CudaDevice& device, uintptr_t server_host_address, int gpu) {
+            new (self) StandIn(device, *pointer<const HostBlock>(server_host_address), gpu);
+          },
+          nb::kw_only(), "device"_a, "server_host_address"_a, "gpu"_a, nb::keep_alive<1, 2>(),
+          "The pinned memory of the rank that serves it outlives it.")
+      .def(
+          "wait_until_idle",
+          [](StandIn& self, double most_s) { return self.wait_until_idle(seconds(most_s)); }, "most_s"_a,
+          ReleaseLock())
+      .def("stop", &StandIn::stop, ReleaseLock())
+      .def("throw_if_failed", &StandIn::throw_if_failed);
 }
 
 }  // namespace
@@ -58,13 +86,12 @@ void bind_cuda(nb::module_& m) {
   // Empty in builds without kernels, whose launches throw.
   m.attr("cuda_architectures") = EFA_EP_CUDA_ARCHITECTURES;
   bind_host_block(m);
-  bind_quantisation(m);
   nb::class_<CudaDevice>(m, "CudaDevice")
       .def(
           "__init__",
           [](CudaDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
              ScalarType combine_type, bool per_expert, double timeout_s, uint32_t num_sms,
-             cuda::Quantisation quantisation, uint64_t chunk_bytes, const std::vector<uintptr_t>& arenas,
+             Quantisation quantisation, uint64_t chunk_bytes, const std::vector<uintptr_t>& arenas,
              uintptr_t host_address, uintptr_t host_address_on_device, uint32_t ring_commands,
              bool signals_in_arena, Proxy* proxy, const CheckWait& check_wait) {
             cuda::CudaDeviceOptions options;
@@ -101,7 +128,8 @@ void bind_cuda(nb::module_& m) {
       .def(
           "dispatch_send",
           [](CudaDevice& device, uint32_t channel, uintptr_t stream, uintptr_t x, size_t x_stride,
-             uintptr_t scales, uintptr_t ids, bool ids_are_64_bit, uintptr_t weights, uint32_t tokens) {
+             uintptr_t scales, uintptr_t ids, bool ids_are_64_bit, uintptr_t weights, uint32_t tokens,
+             uintptr_t token_count) {
             cuda::DispatchInput input;
             input.x = pointer<const std::byte>(x);
             input.x_stride = x_stride;
@@ -110,10 +138,11 @@ void bind_cuda(nb::module_& m) {
             input.ids_are_64_bit = ids_are_64_bit;
             input.weights = pointer<const float>(weights);
             input.tokens = tokens;
+            input.tokens_on_device = pointer<const int32_t>(token_count);
             device.dispatch_send(channel, pointer<CUstream_st>(stream), input);
           },
           "channel"_a, "stream"_a, "x"_a, "x_stride"_a, "scales"_a, "ids"_a, "ids_are_64_bit"_a, "weights"_a,
-          "tokens"_a, ReleaseLock())
+          "tokens"_a, "token_count"_a, ReleaseLock())
       .def(
           "dispatch_recv",
           [](CudaDevice& device, uint32_t channel, uintptr_t stream, uintptr_t x, uintptr_t scales,
@@ -153,7 +182,9 @@ void bind_cuda(nb::module_& m) {
             device.combine_recv(channel, pointer<CUstream_st>(stream), pointer<std::byte>(out));
           },
           "channel"_a, "stream"_a, "out"_a, ReleaseLock())
+      .def("counters", [](const CudaDevice& device) { return counters_of(device); })
       .def("throw_if_failed", &CudaDevice::throw_if_failed);
+  bind_stand_in(m);
 }
 
 }  // namespace efa_ep::bindings

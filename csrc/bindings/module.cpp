@@ -28,36 +28,6 @@ using namespace efa_ep::bindings;
 
 namespace {
 
-nb::object python_error(const char* name) { return nb::module_::import_("vllm_efa_ep.errors").attr(name); }
-
-void raise(const char* name, const std::exception& error) {
-  PyErr_SetString(python_error(name).ptr(), error.what());
-}
-
-void raise(const nb::object& instance) {
-  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())), instance.ptr());
-}
-
-// Most derived first: every class of errors.h becomes the class of the same name in vllm_efa_ep.errors.
-void translate(const std::exception_ptr& pointer, void*) {
-  try {
-    std::rethrow_exception(pointer);
-  } catch (const ConfigurationError& error) {
-    raise("ConfigurationError", error);
-  } catch (const FabricUnavailableError& error) {
-    raise("FabricUnavailableError", error);
-  } catch (const CudaError& error) {
-    raise("CudaError", error);
-  } catch (const TransportError& error) {
-    raise(python_error("TransportError")(error.what(), error.peer));
-  } catch (const RankTimeoutError& error) {
-    raise(python_error("RankTimeoutError")(error.what(), error.half, error.round,
-                                           nb::tuple(nb::cast(error.missing))));
-  } catch (const ProtocolError& error) {
-    raise("ProtocolError", error);
-  }
-}
-
 using Counters = nb::typed<nb::dict, std::string, uint64_t>;
 
 nb::typed<nb::dict, std::string, nb::any> describe(const FabricDescription& description) {
@@ -325,38 +295,44 @@ void bind_device(nb::module_& m) {
       .value("bfloat16", ScalarType::kBfloat16)
       .value("float16", ScalarType::kFloat16)
       .value("float32", ScalarType::kFloat32);
+  nb::enum_<Quantisation>(m, "Quantisation")
+      .value("none", Quantisation::kNone)
+      .value("fp8", Quantisation::kFp8)
+      .value("fp8_ue8m0", Quantisation::kFp8PowerOf2);
   nb::class_<CpuDevice>(m, "CpuDevice")
       .def(
           "__init__",
           [](CpuDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
              ScalarType combine_type, bool per_expert, double timeout_s,
              const std::vector<const Arena*>& arenas, Proxy* proxy, const CheckWait& check_wait,
-             size_t trace_spans) {
+             size_t trace_spans, Quantisation quantisation) {
             CpuDeviceOptions options =
                 device_options(layout, rank, std::move(expert_owner), combine_type, per_expert, timeout_s);
             options.check_interrupt = interrupt_check(check_wait);
             options.trace_spans = trace_spans;
+            options.quantisation = quantisation;
             new (self) CpuDevice(options, bases_of(arenas), proxy);
           },
           nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
-          "timeout_s"_a, "arenas"_a, "proxy"_a.none(), "check_wait"_a, "trace_spans"_a = 0,
+          "timeout_s"_a, "arenas"_a, "proxy"_a.none(), "check_wait"_a, "trace_spans"_a = 0, "quantisation"_a,
           nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
       .def("trace", [](const CpuDevice& device) { return spans_of(device.trace()); })
       .def("dropped_spans", &CpuDevice::dropped_spans)
       .def(
           "dispatch_send",
           [](CpuDevice& device, uint32_t channel, uintptr_t x, size_t x_stride, uintptr_t scales,
-             uintptr_t ids, bool ids_are_64_bit, uintptr_t weights, uint32_t tokens) {
+             uintptr_t ids, bool ids_are_64_bit, uintptr_t weights, uint32_t tokens, uintptr_t token_count) {
             device.dispatch_send(channel, {.x = pointer<const std::byte>(x),
                                            .x_stride = x_stride,
                                            .scales = pointer<const std::byte>(scales),
                                            .ids = pointer<const void>(ids),
                                            .ids_are_64_bit = ids_are_64_bit,
                                            .weights = pointer<const float>(weights),
-                                           .tokens = tokens});
+                                           .tokens = tokens,
+                                           .token_count = pointer<const int32_t>(token_count)});
           },
           "channel"_a, "x"_a, "x_stride"_a, "scales"_a, "ids"_a, "ids_are_64_bit"_a, "weights"_a, "tokens"_a,
-          ReleaseLock())
+          "token_count"_a, ReleaseLock())
       .def(
           "dispatch_recv",
           [](CpuDevice& device, uint32_t channel, uint32_t room, uintptr_t x, uintptr_t scales, uintptr_t ids,
@@ -407,7 +383,7 @@ NB_MODULE(_core, m) {
   // A tensor that lives to the end of the process keeps its arena, rightly.
   nb::set_leak_warnings(false);
   m.doc() = "The compiled half of vllm_efa_ep; use vllm_efa_ep.AllToAll.";
-  nb::register_exception_translator(translate);
+  register_errors();
   bind_protocol(m);
   bind_memory(m);
   bind_fabric(m);

@@ -17,11 +17,12 @@
 #include "clock.h"
 #include "cpu/duration_histogram.h"
 #include "cpu/owner_list.h"
-#include "cpu/placement.h"
 #include "cpu/row_ids.h"
 #include "cpu/row_math.h"
 #include "cpu/timer.h"
 #include "protocol/layout.h"
+#include "protocol/placement.h"
+#include "protocol/quantisation.h"
 #include "protocol/round.h"
 #include "proxy/proxy.h"
 #include "proxy/wait.h"
@@ -34,6 +35,7 @@ struct CpuDeviceOptions {
   std::vector<uint32_t> expert_owner;  ///< owner rank of every expert, or kNoOwner
   ScalarType combine_type = ScalarType::kBfloat16;
   bool per_expert = false;  ///< output layout: [experts, capacity, ...] instead of [rows, ...]
+  Quantisation quantisation = Quantisation::kNone;
   std::chrono::nanoseconds timeout = std::chrono::seconds(120);  ///< of every wait
   const DeadlineClock* clock = &kSteadyClock;                    ///< of that time; outlives the device
   InterruptCheck check_interrupt = nullptr;
@@ -42,15 +44,17 @@ struct CpuDeviceOptions {
 
 /// Tokens to send. All tables are contiguous, row by row.
 struct DispatchInput {
-  /// [tokens] rows of payload_bytes, `x_stride` bytes apart. Rows in activations() are read there by the own
-  /// node, and by the network wherever a whole chunk of them lies side by side.
+  /// [tokens] rows `x_stride` bytes apart: of payload_bytes, or with quantisation of payload_bytes bf16
+  /// values. Rows in activations() are read there by the own node, and by the network wherever a whole chunk
+  /// of them lies side by side; they cannot be quantised.
   const std::byte* x = nullptr;
   size_t x_stride = 0;
-  const std::byte* scales = nullptr;  ///< [tokens] rows of scale_bytes, unused if that is 0
+  const std::byte* scales = nullptr;  ///< [tokens] rows of scale_bytes; unused if that is 0, or quantised
   const void* ids = nullptr;          ///< [tokens, top_k] int32 or int64; -1 drops the slot
   bool ids_are_64_bit = false;
   const float* weights = nullptr;  ///< [tokens, top_k]
   uint32_t tokens = 0;
+  const int32_t* token_count = nullptr;  ///< if not null, how many of them count
 };
 
 /// Where received rows go. In the per_token layout M = received_rows(); in the per_expert layout the payload
@@ -158,6 +162,7 @@ class CpuDevice {
     Stage stage = Stage::kIdle;
     uint32_t round = 0;
     uint32_t tokens = 0;
+    std::vector<std::byte> codes, scales;               // [tokens], of quantised tokens
     std::vector<int32_t> ids;                           // [tokens][top_k]
     std::vector<std::vector<uint32_t>> tokens_of_node;  // tokens sent to each node, ascending
     std::vector<std::vector<uint32_t>>
@@ -184,6 +189,8 @@ class CpuDevice {
   };
 
   // dispatch.cpp
+  uint32_t counted_tokens(const DispatchInput& input) const;
+  void quantise(Channel& channel, DispatchInput& input) const;
   template <class Id>
   void route(Channel& channel, const DispatchInput& input);
   void stage_row(uint32_t channel_index, uint32_t row, const DispatchInput& input, uint32_t token);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/device.h"
+#include "cpu/quantise.h"
 #include "errors.h"
 
 namespace efa_ep {
@@ -26,8 +27,10 @@ constexpr uint32_t kNotStaged = std::numeric_limits<uint32_t>::max();
 
 }  // namespace
 
-void CpuDevice::dispatch_send(uint32_t channel_index, const DispatchInput& input) {
+void CpuDevice::dispatch_send(uint32_t channel_index, const DispatchInput& given) {
   require(channel_index, Stage::kIdle, "dispatch_send");
+  DispatchInput input = given;
+  input.tokens = counted_tokens(given);
   if (input.tokens > layout_.max_tokens) {
     throw ConfigurationError(
         std::to_string(input.tokens) + " tokens to dispatch, but max_tokens_per_rank is " +
@@ -40,6 +43,7 @@ void CpuDevice::dispatch_send(uint32_t channel_index, const DispatchInput& input
   } else {
     route<int32_t>(channel, input);
   }
+  if (options_.quantisation != Quantisation::kNone) quantise(channel, input);
   ++channel.round;
   channel.stage = Stage::kDispatchSent;
   channel.tokens = input.tokens;
@@ -52,6 +56,31 @@ void CpuDevice::dispatch_send(uint32_t channel_index, const DispatchInput& input
   for (uint32_t step = 1; step < nodes; ++step) stage_and_post(channel_index, (node_ + step) % nodes, input);
   offer_to_own_node(channel_index, input);
   if (proxy_ != nullptr) proxy_->help();
+}
+
+uint32_t CpuDevice::counted_tokens(const DispatchInput& input) const {
+  if (input.token_count == nullptr) return input.tokens;
+  const int32_t count = *input.token_count;
+  if (count < 0 || static_cast<uint32_t>(count) > input.tokens) {
+    throw ConfigurationError("the count of tokens is " + std::to_string(count) + ", but x has " +
+                             std::to_string(input.tokens) + " rows; pass a count from 0 to that");
+  }
+  return static_cast<uint32_t>(count);
+}
+
+// Replaces the tokens by their codes and scales.
+void CpuDevice::quantise(Channel& channel, DispatchInput& input) const {
+  const RowShape& shape = layout_.row;
+  channel.codes.resize(size_t{input.tokens} * shape.payload_bytes);
+  channel.scales.resize(size_t{input.tokens} * shape.scale_bytes);
+  for (size_t token = 0; token < input.tokens; ++token) {
+    quantise_row(input.x + token * input.x_stride, shape.payload_bytes, options_.quantisation,
+                 channel.codes.data() + token * shape.payload_bytes,
+                 channel.scales.data() + token * shape.scale_bytes);
+  }
+  input.x = channel.codes.data();
+  input.x_stride = shape.payload_bytes;
+  input.scales = channel.scales.data();
 }
 
 // Checks all ids, copies them, and lists the tokens of each remote node and each local owner. A slot whose
@@ -297,7 +326,8 @@ void CpuDevice::dispatch_pack(uint32_t channel_index, const DispatchOutput& outp
 
 void CpuDevice::copy_activation(const std::byte* row, const DispatchOutput& output, size_t place) const {
   const RowShape& shape = layout_.row;
-  std::memcpy(output.x + place * shape.payload_bytes, row + shape.payload_offset(), shape.payload_bytes);
+  static const bool nt = getenv("NT_PACK") != nullptr;
+  copy_row(output.x + place * shape.payload_bytes, row + shape.payload_offset(), shape.payload_bytes, nt);
   if (shape.scale_bytes > 0) {
     std::memcpy(output.scales + place * shape.scale_bytes, row + shape.scales_offset(), shape.scale_bytes);
   }

@@ -50,6 +50,7 @@ std::vector<std::byte> CudaDevice::use_workspace(std::byte* workspace) {
   memory.ring_capacity = options_.ring_capacity;
   memory.error = reinterpret_cast<uint64_t*>(on_device(host().error));
   memory.stop = reinterpret_cast<const uint32_t*>(on_device(&host().stop));
+  memory.totals = reinterpret_cast<ChannelTotals*>(on_device(host().totals));
   state_ = reinterpret_cast<const DeviceState*>(workspace);
   return workspace_image(options_.config, memory);
 }
@@ -144,6 +145,19 @@ uint32_t CudaDevice::wait_for_rows(uint32_t channel, Stream stream) {
   return static_cast<uint32_t>(std::atomic_ref(host().rows[channel]).load(std::memory_order_acquire));
 }
 
+ChannelTotals CudaDevice::totals() const {
+  ChannelTotals sum;
+  for (ChannelTotals& channel : host().totals) {
+    for (uint64_t ChannelTotals::* const field :
+         {&ChannelTotals::rounds, &ChannelTotals::tokens, &ChannelTotals::dropped_slots,
+          &ChannelTotals::dropped_weight, &ChannelTotals::received_rows, &ChannelTotals::network_rows,
+          &ChannelTotals::peer_rows}) {
+      sum.*field += std::atomic_ref(channel.*field).load(std::memory_order_relaxed);
+    }
+  }
+  return sum;
+}
+
 void CudaDevice::throw_if_failed() const {
   if (proxy_ != nullptr) proxy_->throw_if_failed();
   const uint64_t first = std::atomic_ref(host().error[0]).load(std::memory_order_acquire);
@@ -169,7 +183,8 @@ void throw_fault(const DeviceError& error, const DeviceConfig& config) {
     case Fault::kTooManyTokens:
       throw ConfigurationError(where + " was given " + detail + " tokens, but a rank may dispatch " +
                                std::to_string(config.layout.max_tokens) +
-                               "; raise max_tokens_per_rank, and build a new AllToAll");
+                               ", and no more than x has rows; correct the count or raise "
+                               "max_tokens_per_rank, and build a new AllToAll");
     case Fault::kExpertId:
       throw ConfigurationError(where + " was given expert id " + detail + ", but ids are -1 (dropped) to " +
                                std::to_string(config.expert_owner.size() - 1) +

@@ -59,6 +59,10 @@ class CudaDevice {
   /// Rethrows the first failure of the proxy, or of a kernel so far.
   void throw_if_failed() const;
 
+  /// What its kernels have counted, all channels together.
+  ChannelTotals totals() const;
+
+  uint32_t channels() const { return options_.config.layout.channels; }
   uint32_t capacity() const {
     return options_.config.layout.topology.world * options_.config.layout.max_tokens;
   }

@@ -125,9 +125,14 @@ DP_DEVICE uint32_t atom_cas_gpu(uint32_t* p, uint32_t expected, uint32_t desired
 DP_DEVICE void st_relaxed_sys_v2(uint64_t* p, uint64_t first, uint64_t second) {
   asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1,%2};" ::"l"(p), "l"(first), "l"(second) : "memory");
 }
-// fence.release and fence.acquire need sm_90; fence.acq_rel serves all targets.
+// From sm_90 on there are fences of one side. An acquire does not wait there for the SM's writes.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 DP_DEVICE void fence_release_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 DP_DEVICE void fence_acquire_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+#else
+DP_DEVICE void fence_release_sys() { asm volatile("fence.release.sys;" ::: "memory"); }
+DP_DEVICE void fence_acquire_sys() { asm volatile("fence.acquire.sys;" ::: "memory"); }
+#endif
 
 // ---- time ----------------------------------------------------------------------------------------------
 

@@ -3,9 +3,9 @@
 #include <cstring>
 #include <string>
 
-#include "cpu/placement.h"
 #include "errors.h"
 #include "protocol/chunking.h"
+#include "protocol/placement.h"
 
 namespace efa_ep::cuda {
 namespace {
@@ -36,7 +36,8 @@ uint32_t most_chunks(const DeviceConfig& config, Operation operation) {
       .chunks;
 }
 
-void place_channel(const DeviceConfig& config, Parts& parts, uint32_t channel_index, DeviceState& state) {
+void place_channel(const DeviceConfig& config, const DeviceMemory& memory, Parts& parts,
+                   uint32_t channel_index, DeviceState& state) {
   const Layout& layout = config.layout;
   const size_t others = state.nodes - 1;
   ChannelState& channel = state.channels[channel_index];
@@ -54,6 +55,7 @@ void place_channel(const DeviceConfig& config, Parts& parts, uint32_t channel_in
   channel.row_lists = layout.row_list(channel_index, 0, 0);
   channel.results = layout.results(channel_index);
   channel.counters = parts.take<ChannelCounters>(1);
+  if (memory.totals != nullptr) channel.totals = memory.totals + channel_index;
   channel.sent = parts.take<Tile>(size_t{state.destinations()} * state.token_tiles);
   channel.sent_rows = parts.take<uint32_t>(state.destinations());
   channel.forwarded = parts.take<Tile>(others * state.ranks_per_node() * state.token_tiles);
@@ -89,6 +91,7 @@ Plan plan(const DeviceConfig& config, const Placement& placement, const DeviceMe
   state.row_tiles = tiles_of(state.capacity());
   state.experts = placement.experts();
   state.local_experts = placement.hosted_by(config.rank);
+  state.lost_experts = placement.hosted_by(kNoOwner);
   state.chunk_bytes = config.chunk_bytes;
   state.rails = config.rails;
   state.max_chunks[0] = most_chunks(config, Operation::kDispatch);
@@ -110,7 +113,7 @@ Plan plan(const DeviceConfig& config, const Placement& placement, const DeviceMe
   state.ring_known_tail = parts.take<uint64_t>(1);
   state.failed = parts.take<uint32_t>(1);
   for (uint32_t channel = 0; channel < config.layout.channels; ++channel) {
-    place_channel(config, parts, channel, state);
+    place_channel(config, memory, parts, channel, state);
   }
   plan.bytes = parts.used();
   return plan;
@@ -138,13 +141,15 @@ std::vector<std::byte> workspace_image(const DeviceConfig& config, const DeviceM
   std::memcpy(image.data(), &state, sizeof state);
   std::memcpy(image.data() + offset(static_cast<const void*>(state.arenas)),
               static_cast<const void*>(memory.arenas.data()), memory.arenas.size() * sizeof(std::byte*));
+  const auto destination_of = [&](uint32_t owner) {
+    if (owner == kNoOwner) return state.destinations();
+    const uint32_t node = topology.node_of(owner);
+    return node == state.node ? node + topology.index_of(owner) : state.destination_of(node);
+  };
   std::vector<ExpertHome> homes;
   for (uint32_t expert = 0; expert < state.experts; ++expert) {
-    const uint32_t owner = placement.owner(static_cast<int32_t>(expert));
-    const uint32_t node = topology.node_of(owner);
-    homes.push_back({.destination = node == state.node ? state.node + topology.index_of(owner)
-                                                       : state.destination_of(node),
-                     .local = placement.local(static_cast<int32_t>(expert))});
+    const auto id = static_cast<int32_t>(expert);
+    homes.push_back({.destination = destination_of(placement.owner(id)), .local = placement.local(id)});
   }
   std::memcpy(image.data() + offset(state.homes), homes.data(), homes.size() * sizeof(ExpertHome));
   return image;

@@ -1,8 +1,8 @@
 // What the kernels know: one struct in device memory, and the scratch memory that lasts from half to half.
 //
 // Everything that changes with the configuration or the membership (topology, owners, peers' arenas, offsets)
-// is read from here when a kernel runs, and rounds are counted here, so that a captured CUDA graph stays
-// valid when the host rewrites the struct.
+// is read from here when a kernel runs, and rounds are counted here. So a captured CUDA graph stays valid
+// when the host, between rounds, fills the same workspace anew: after ranks were lost, or came back.
 #pragma once
 
 #include <cstddef>
@@ -27,8 +27,31 @@ constexpr uint32_t tiles_of(size_t rows) { return static_cast<uint32_t>((rows + 
 /// Where a token's rows go, in the order in which combine sums what comes back: nodes in ascending order, and
 /// in the own node's place its ranks.
 struct ExpertHome {
-  uint32_t destination = 0;  ///< of the expert's rank: one of DeviceState::destinations()
-  uint32_t local = 0;        ///< the expert's index among those of its rank
+  /// Of the expert's rank: one of DeviceState::destinations(), or their number if the rank is gone.
+  uint32_t destination = 0;
+  uint32_t local = 0;  ///< the expert's index among those of its rank
+};
+
+/// What kernels count of one channel, since the start: as DeviceCounters of the CPU's device (cpu/device.h).
+struct ChannelTotals {
+  uint64_t rounds = 0;
+  uint64_t tokens = 0;
+  uint64_t dropped_slots = 0;
+  uint64_t dropped_weight = 0;  ///< signed, in units of 1 / kWeightUnits: sums in any order are equal
+  uint64_t received_rows = 0;
+  uint64_t network_rows = 0;
+  uint64_t peer_rows = 0;
+
+  static constexpr float kWeightUnits = 1 << 24;
+  /// A float32 in these units, rounded towards zero; magnitudes from 2^32 on, which no router makes, count as
+  /// less.
+  static constexpr int64_t weight_units(uint32_t bits) {
+    const auto shift = static_cast<int32_t>(bits >> 23 & 0xFF) - 126;  // of a fraction of 24 bits
+    const int64_t fraction = (bits & 0x7FFFFF) | 0x800000;
+    const int64_t units =
+        shift < 0 ? fraction >> (shift < -24 ? 24 : -shift) : fraction << (shift > 32 ? 32 : shift);
+    return bits >> 31 == 0 ? units : -units;
+  }
 };
 
 /// Counters of one channel that kernels change.
@@ -38,6 +61,7 @@ struct ChannelCounters {
   uint32_t received = 0;       ///< rows received in this round
   uint32_t blocks_done = 0;    ///< of the running kernel
   uint64_t submitted[2] = {};  ///< commands so far, by Operation
+  ChannelTotals totals;
 };
 
 /// One channel: offsets of its sections in every arena, and its scratch memory on this device.
@@ -49,6 +73,7 @@ struct ChannelState {
   uint64_t results = 0;
 
   ChannelCounters* counters = nullptr;
+  ChannelTotals* totals = nullptr;       ///< a copy of those, for the host; pinned host memory
   Tile* sent = nullptr;                  ///< [destinations][token tiles] own tokens by destination
   uint32_t* sent_rows = nullptr;         ///< [destinations]
   Tile* forwarded = nullptr;             ///< [nodes - 1][ranks_per_node][token tiles] rows of a slot by owner
@@ -67,6 +92,7 @@ struct DeviceState {
   uint64_t dispatch_row = 0, combine_row = 0;  ///< bytes
   uint32_t token_tiles = 0, row_tiles = 0;     ///< of max_tokens, and of world * max_tokens
   uint32_t experts = 0, local_experts = 0;
+  uint32_t lost_experts = 0;  ///< without an owner
   uint64_t chunk_bytes = 0;
   uint32_t rails = 1;
   uint32_t max_chunks[kOperations] = {};
@@ -106,7 +132,7 @@ struct DeviceState {
 struct DeviceConfig {
   Layout layout;
   uint32_t rank = 0;
-  std::vector<uint32_t> expert_owner;  ///< owner rank of every expert
+  std::vector<uint32_t> expert_owner;  ///< owner rank of every expert, or kNoOwner
   bool per_expert = false;
   uint64_t chunk_bytes = 256 * 1024;  ///< Proxy::chunk_bytes()
   uint32_t rails = 1;                 ///< Proxy::rails()
@@ -126,6 +152,7 @@ struct DeviceMemory {
   uint32_t ring_capacity = 0;           ///< a power of two
   uint64_t* error = nullptr;            ///< [2] zeros in pinned host memory: DeviceError
   const uint32_t* stop = nullptr;       ///< 0, in pinned host memory; the host sets it to end all waits
+  ChannelTotals* totals = nullptr;      ///< [channels] zeros in pinned host memory
 };
 
 /// Bytes of DeviceMemory::workspace.

@@ -106,12 +106,19 @@ DP_DEVICE void forward_slot(const Context& at, uint32_t source_node, uint32_t ro
     __syncwarp();
     if (lane_id() != 0) continue;
     at.channel.forwarded_rows[slot * owners + owner] = listed;
+    // Own rows of the own rail are summed here, and so are no rows for peers: take_rows() counts them as
+    // such.
+    const uint64_t for_peers = owner == device.index ? 0 - uint64_t{listed} : listed;
+    dp::atom_add_gpu(&at.counters().totals.peer_rows, for_peers);
     if (owner == device.index) continue;
     const RoundWord word{at.counters().round, listed};
     dp::st_release_sys(flag_at(at, owner, at.channel.dispatch_flags, source_node, device.index),
                        word.encode());
   }
-  if (threadIdx.x == 0) at.channel.slot_rows[slot] = rows;
+  if (threadIdx.x == 0) {
+    at.channel.slot_rows[slot] = rows;
+    dp::atom_add_gpu(&at.counters().totals.network_rows, rows);  // as many sums go back
+  }
 }
 
 // ---- take ----------------------------------------------------------------------------------------------
@@ -210,6 +217,16 @@ DP_DEVICE void find_rows(const Context& at, const uint32_t* first_row, bool per_
     mark_tile(scratch, at.channel.of_expert, device.row_tiles, tile, device.local_experts, rows,
               at.layout().row.top_k, expert_of);
   }
+}
+
+/// Counts the round's rows, and tells the host.
+DP_DEVICE void count_received(const Context& at, uint32_t rows) {
+  ChannelTotals& totals = at.counters().totals;
+  totals.received_rows += rows;
+  totals.peer_rows += rows;  // their results are offered to the node
+  dp::st_relaxed_sys(&at.channel.totals->received_rows, totals.received_rows);
+  dp::st_relaxed_sys(&at.channel.totals->network_rows, totals.network_rows);
+  dp::st_relaxed_sys(&at.channel.totals->peer_rows, totals.peer_rows);
 }
 
 // ---- pack ----------------------------------------------------------------------------------------------
@@ -319,6 +336,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (threadIdx.x == 0) {
     at.counters().received = rows;
     if (output.rows != nullptr) *output.rows = static_cast<int32_t>(rows);
+    count_received(at, rows);
   }
 }
 

@@ -37,38 +37,78 @@ DP_DEVICE void mark_tokens(const Context& at, const DispatchInput& input, uint32
   }
 }
 
+DP_DEVICE bool is_lost(const DeviceState& device, int64_t id) {
+  return id >= 0 && device.homes[id].destination == device.destinations();
+}
+
+/// Counts the slots that name experts of lost ranks. All ids are in range: the host learns of others before.
+DP_DEVICE void count_dropped(const Context& at, const DispatchInput& input, uint32_t tokens) {
+  const size_t entries = size_t{tokens} * at.layout().row.top_k;
+  uint32_t slots = 0;
+  int64_t weight = 0;
+  for (size_t entry = blockIdx.x * kThreads + threadIdx.x; entry < entries; entry += gridDim.x * kThreads) {
+    const int64_t id = id_at(input, entry);
+    if (id >= at.device.experts || !is_lost(at.device, id)) continue;
+    ++slots;
+    weight += ChannelTotals::weight_units(__float_as_uint(input.weights[entry]));
+  }
+  if (slots == 0) return;
+  ChannelTotals& totals = at.counters().totals;
+  dp::atom_add_gpu(&totals.dropped_slots, slots);
+  dp::atom_add_gpu(&totals.dropped_weight, static_cast<uint64_t>(weight));
+}
+
+/// Tells the host of the round, and whoever waits there for its beginning.
+DP_DEVICE void publish_totals(const Context& at) {
+  const ChannelTotals& totals = at.counters().totals;
+  dp::st_relaxed_sys(&at.channel.totals->tokens, totals.tokens);
+  dp::st_relaxed_sys(&at.channel.totals->dropped_slots, totals.dropped_slots);
+  dp::st_relaxed_sys(&at.channel.totals->dropped_weight, totals.dropped_weight);
+  dp::st_relaxed_sys(&at.channel.totals->rounds, totals.rounds);
+}
+
 /// Starts the round. Called by the last block of route_tokens(), when all tokens are marked.
 DP_DEVICE void start_round(const Context& at, uint32_t tokens) {
   const DeviceState& device = at.device;
   for (uint32_t set = warp_id(); set < device.destinations(); set += kWarps) {
     const uint32_t rows = count_set(at.channel.sent + size_t{set} * device.token_tiles, tiles_of(tokens));
-    if (lane_id() == 0) at.channel.sent_rows[set] = rows;
+    if (lane_id() != 0) continue;
+    at.channel.sent_rows[set] = rows;
+    ChannelTotals& totals = at.counters().totals;
+    dp::atom_add_gpu(device.is_own_node(set) ? &totals.peer_rows : &totals.network_rows, rows);
   }
   clear_ready_rows(at, Operation::kDispatch);
   clear_ready_rows(at, Operation::kCombine);
   if (threadIdx.x == 0) {
     at.counters().tokens = tokens;
     ++at.counters().round;
+    at.counters().totals.tokens += tokens;
+    ++at.counters().totals.rounds;
+    publish_totals(at);
   }
 }
 
-/// The first 4-byte words of a row: token, ids, weights, padding.
-DP_DEVICE uint32_t header_word(const DispatchInput& input, uint32_t top_k, uint32_t token, uint32_t word) {
+/// The first 4-byte words of a row: token, ids, weights, padding. A slot whose expert is lost travels as one
+/// that the caller dropped, so no other rank needs to know.
+DP_DEVICE uint32_t header_word(const DeviceState& device, const DispatchInput& input, uint32_t token,
+                               uint32_t word) {
+  const uint32_t top_k = device.layout.row.top_k;
   const size_t entry = size_t{token} * top_k;
   if (word == 0) return token;
-  if (word <= top_k) return static_cast<uint32_t>(id_at(input, entry + word - 1));
+  if (word <= top_k) {
+    const int64_t id = id_at(input, entry + word - 1);
+    return static_cast<uint32_t>(device.lost_experts > 0 && is_lost(device, id) ? -1 : id);
+  }
   if (word <= 2 * top_k) return __float_as_uint(input.weights[entry + word - 1 - top_k]);
   return 0;
 }
 
 DP_DEVICE void write_header(const Context& at, const DispatchInput& input, uint32_t token, const RowList& to,
                             uint32_t count) {
-  const uint32_t top_k = at.layout().row.top_k;
   const auto vectors = static_cast<uint32_t>(at.layout().row.payload_offset() / kVectorBytes);
   for (uint32_t vector = lane_id(); vector < vectors; vector += 32) {
-    const uint4 value{
-        header_word(input, top_k, token, 4 * vector), header_word(input, top_k, token, 4 * vector + 1),
-        header_word(input, top_k, token, 4 * vector + 2), header_word(input, top_k, token, 4 * vector + 3)};
+    const auto word = [&](uint32_t i) { return header_word(at.device, input, token, 4 * vector + i); };
+    const uint4 value{word(0), word(1), word(2), word(3)};
     for (uint32_t i = 0; i < count; ++i) dp::st_na(to.row[i] + size_t{vector} * kVectorBytes, value);
   }
 }
@@ -171,10 +211,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Context at = context_of(state, channel);
   const uint32_t tokens = tokens_of(input);
   if (block_may_run(at.device)) {
-    if (tokens > at.layout().max_tokens) {
+    if (tokens > input.tokens) {
       fail(at, Fault::kTooManyTokens, at.device.rank, static_cast<int32_t>(tokens));
     } else {
       mark_tokens(at, input, tokens, scratch[warp_id()]);
+      if (at.device.lost_experts > 0) count_dropped(at, input, tokens);
     }
   }
   if (is_last_block(at) && block_may_run(at.device)) start_round(at, tokens);

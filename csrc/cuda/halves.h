@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cuda/device_state.h"
+#include "protocol/quantisation.h"
 
 struct CUstream_st;
 
@@ -30,14 +31,6 @@ struct HalfLaunch {
   Stream stream = nullptr;
 };
 
-/// How dispatch_send makes rows from what it reads.
-enum class Quantisation : uint8_t {
-  kNone,  ///< rows are copied
-  kFp8,   ///< bf16 -> fp8 e4m3, a multiple of 128 values; per 128 of them one float32 scale, the largest
-          ///< magnitude / 448
-  kFp8PowerOf2,  ///< the same, the scale rounded up to a power of two and stored as one ue8m0 byte
-};
-
 /// Tokens to send, in device memory. All tables are contiguous, row by row, and 16-byte aligned.
 struct DispatchInput {
   /// [tokens] rows `x_stride` bytes apart, a multiple of 16: of payload_bytes, or with quantisation of
@@ -50,8 +43,8 @@ struct DispatchInput {
   const void* ids = nullptr;  ///< [tokens, top_k] int32 or int64; -1 drops the slot
   bool ids_are_64_bit = false;
   const float* weights = nullptr;  ///< [tokens, top_k]
-  uint32_t tokens = 0;             ///< unused with tokens_on_device
-  /// If not null, the number of tokens is read from there when the kernel runs.
+  uint32_t tokens = 0;             ///< at most max_tokens
+  /// If not null, the number of tokens, at most `tokens`, is read from there when the kernel runs.
   const int32_t* tokens_on_device = nullptr;
   Quantisation quantisation = Quantisation::kNone;
 };

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/device_ring.h"
+#include "cuda/device_state.h"
 #include "protocol/layout.h"
 #include "protocol/limits.h"
 
@@ -15,7 +16,8 @@ struct HostBlock {
   alignas(kWordStride) uint64_t error[2] = {};           ///< DeviceError, written by kernels
   alignas(kWordStride) uint32_t stop = 0;                ///< written by the host
   alignas(kWordStride) int32_t rows[kMaxChannels] = {};  ///< received in the round, written by kernels
-  alignas(kWordStride) uint64_t ring_tail = 0;           ///< written by the proxy
+  alignas(kWordStride) ChannelTotals totals[kMaxChannels] = {};  ///< written by kernels
+  alignas(kWordStride) uint64_t ring_tail = 0;                   ///< written by the proxy
 
   static constexpr size_t ring_offset() { return align_up(sizeof(HostBlock), kWordStride); }
   static constexpr size_t signals_offset(uint32_t ring_capacity) {

@@ -25,7 +25,8 @@ elseif(with_kernels)
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
   file(GLOB kernel_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/*.cu)
-  add_library(efa_ep_cuda STATIC ${kernel_sources} cuda/device.cpp cuda/device_state.cpp cuda/runtime.cpp)
+  add_library(efa_ep_cuda STATIC ${kernel_sources} cuda/device.cpp cuda/device_state.cpp cuda/stand_in.cpp
+              cuda/runtime.cpp)
   set_target_properties(efa_ep_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
   target_compile_options(efa_ep_cuda PRIVATE
                          "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra>")
@@ -34,7 +35,7 @@ elseif(with_kernels)
   list(JOIN architectures "," architectures)
   message(STATUS "CUDA kernels for ${architectures}, by ${CMAKE_CUDA_COMPILER}")
 else()
-  add_library(efa_ep_cuda STATIC cuda/device.cpp cuda/device_state.cpp cuda/no_kernels.cpp)
+  add_library(efa_ep_cuda STATIC cuda/device.cpp cuda/device_state.cpp cuda/stand_in.cpp cuda/no_kernels.cpp)
   target_link_libraries(efa_ep_cuda PUBLIC efa_ep_core)
   message(WARNING "No CUDA kernels in this build: nvcc was not found (EFA_EP_CUDA=${EFA_EP_CUDA}). The package will "
                   "serve CPU tensors only. Put nvcc of CUDA 13 on PATH, or set CUDACXX, and build again.")

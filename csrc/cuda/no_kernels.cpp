@@ -16,6 +16,9 @@ void launch_dispatch_send(const HalfLaunch&, const DispatchInput&) { refuse(); }
 void launch_dispatch_recv(const HalfLaunch&, const DispatchOutput&) { refuse(); }
 void launch_combine_send(const HalfLaunch&, const CombineInput&) { refuse(); }
 void launch_combine_recv(const HalfLaunch&, std::byte*) { refuse(); }
+void use_gpu(int) { refuse(); }
+Stream create_stream() { refuse(); }
+void destroy_stream(Stream) {}
 void throw_if_launch_failed() {}
 bool is_done(Stream) { refuse(); }
 

@@ -5,10 +5,6 @@
 
 namespace efa_ep::cuda {
 
-inline constexpr uint32_t kScaleGroup = 128;  // values that share a scale
-inline constexpr float kLargestFp8 = 448.0f;
-inline constexpr float kSmallestMagnitude = 1e-10f;  // a block of zeros must not divide by zero
-
 /// The smallest power of two that is not smaller, for normal numbers.
 DP_DEVICE float round_up_to_power_of_2(float value) {
   const uint32_t bits = __float_as_uint(value);

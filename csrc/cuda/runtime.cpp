@@ -24,6 +24,24 @@ namespace {
 
 }  // namespace
 
+void use_gpu(int ordinal) {
+  if (const cudaError_t error = cudaSetDevice(ordinal); error != cudaSuccess)
+    refuse("a thread cannot use its GPU", error);
+}
+
+Stream create_stream() {
+  cudaStream_t stream = nullptr;
+  if (const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+      error != cudaSuccess)
+    refuse("a stream could not be created", error);
+  return stream;
+}
+
+void destroy_stream(Stream stream) {
+  cudaStreamSynchronize(stream);  // whatever went wrong in it was reported to who waited for it
+  cudaStreamDestroy(stream);
+}
+
 void throw_if_launch_failed() {
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
     refuse("a kernel could not be launched", error);

@@ -5,6 +5,14 @@
 
 namespace efa_ep::cuda {
 
+/// Lets the calling thread work with a GPU.
+void use_gpu(int ordinal);
+
+/// A stream of this thread's GPU that waits for no other.
+Stream create_stream();
+/// Waits for its work.
+void destroy_stream(Stream stream);
+
 /// Throws CudaError if a launch of this thread was refused since the last call.
 void throw_if_launch_failed();
 

@@ -22,8 +22,8 @@ struct Address {
 
 }  // namespace
 
-EmulatedFabric::EmulatedFabric(EmulatedNetwork& network, uint32_t rank)
-    : network_(network), endpoint_(network.open(rank)) {
+EmulatedFabric::EmulatedFabric(EmulatedNetwork& network, uint32_t rank, std::optional<uint32_t> nics_of)
+    : network_(network), endpoint_(network.open(rank, nics_of)) {
   const EmulatedProfile& profile = network.profile();
   description_.provider = "emulated";
   description_.fabric = profile.name;

@@ -1,6 +1,8 @@
 // One rank's end of an emulated network.
 #pragma once
 
+#include <optional>
+
 #include "fabric/emulated_network.h"
 #include "fabric/fabric.h"
 
@@ -10,7 +12,8 @@ namespace efa_ep {
 /// lets time go on. Destruction is the end of the rank's process.
 class EmulatedFabric final : public Fabric {
  public:
-  EmulatedFabric(EmulatedNetwork& network, uint32_t rank);
+  /// On NICs of its own, or on those of the rank `nics_of`, whose links and work requests it then shares.
+  EmulatedFabric(EmulatedNetwork& network, uint32_t rank, std::optional<uint32_t> nics_of = std::nullopt);
   ~EmulatedFabric() override;
 
   const FabricDescription& description() const override { return description_; }

@@ -121,12 +121,15 @@ Picoseconds EmulatedNetwork::jitter() {
 // --- endpoints
 // -----------------------------------------------------------------------------------------------
 
-uint32_t EmulatedNetwork::open(uint32_t rank) {
+uint32_t EmulatedNetwork::open(uint32_t rank, std::optional<uint32_t> nics_of) {
   const auto id = static_cast<uint32_t>(endpoints_.size());
   auto endpoint = std::make_unique<Endpoint>();
   endpoint->id = id;
   endpoint->rank = rank;
   endpoint->nics.resize(options_.profile.nics);
+  for (uint32_t nic = 0; nics_of && nic < options_.profile.nics; ++nic) {
+    endpoint->nics[nic].link = newest(*nics_of).nics[nic].link;
+  }
   endpoints_.push_back(std::move(endpoint));
   newest_[rank] = id;
   counters_[rank];

@@ -120,7 +120,7 @@ class EmulatedNetwork {
   using Endpoint = EmulatedEndpoint;
 
   // What EmulatedFabric calls (emulated_network.cpp).
-  uint32_t open(uint32_t rank);
+  uint32_t open(uint32_t rank, std::optional<uint32_t> nics_of);
   void close(uint32_t endpoint);
   void register_memory(uint32_t endpoint, std::span<std::byte> memory);
   uint64_t id() const { return id_; }

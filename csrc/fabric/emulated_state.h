@@ -69,17 +69,23 @@ struct EmulatedPath {
   std::deque<uint64_t> fences;        ///< fenced writes that may not have started yet
 };
 
+/// What the work of one NIC takes in turn, for whichever endpoints of the machine.
+struct EmulatedLink {
+  Picoseconds next_work_request{0};
+  Picoseconds send_free{0};
+  Picoseconds receive_free{0};
+};
+
+/// An endpoint's part of a NIC.
 struct EmulatedNic {
+  std::shared_ptr<EmulatedLink> link = std::make_shared<EmulatedLink>();
   // Outbound.
   std::unordered_map<uint32_t, EmulatedPath> paths;  ///< by target; only if the profile honours fences
   std::deque<uint32_t> queue;                        ///< writes it has not begun
   std::vector<uint32_t> sending;                     ///< writes it is sending
-  Picoseconds next_work_request{0};
-  Picoseconds link_free{0};
-  bool scheduled = false;  ///< its next turn is in the event queue
-  uint32_t in_flight = 0;  ///< writes whose completion was not polled
+  bool scheduled = false;                            ///< its next turn is in the event queue
+  uint32_t in_flight = 0;                            ///< writes whose completion was not polled
   // Inbound.
-  Picoseconds receive_free{0};
   std::deque<Completion> completions;
   // Faults.
   bool lost = false;

@@ -45,7 +45,7 @@ void EmulatedNetwork::schedule_sending(Endpoint& endpoint, uint32_t rail) {
   if (nic.sending.empty() && nic.queue.empty()) return;
   if (std::exchange(nic.scheduled, true)) return;
   const Picoseconds free =
-      nic.sending.empty() ? std::max(nic.link_free, nic.next_work_request) : nic.link_free;
+      nic.sending.empty() ? std::max(nic.link->send_free, nic.link->next_work_request) : nic.link->send_free;
   schedule(std::max(clock_.time(), free),
            {Event::Kind::kSend, {}, endpoint.id * options_.profile.nics + rail, {}});
 }
@@ -54,16 +54,18 @@ void EmulatedNetwork::schedule_sending(Endpoint& endpoint, uint32_t rail) {
 void EmulatedNetwork::send(Endpoint& endpoint, uint32_t rail) {
   Nic& nic = endpoint.nics[rail];
   nic.scheduled = false;
+  // Another endpoint of the NIC was first.
+  if (nic.link->send_free > clock_.time()) return schedule_sending(endpoint, rail);
   const EmulatedProfile& profile = options_.profile;
-  while (nic.sending.size() < profile.interleaved_writes && nic.next_work_request <= clock_.time()) {
+  while (nic.sending.size() < profile.interleaved_writes && nic.link->next_work_request <= clock_.time()) {
     const auto next = std::ranges::find_if(nic.queue, [&](uint32_t id) { return !is_fenced_off(id); });
     if (next == nic.queue.end()) break;
     nic.sending.push_back(*next);
     nic.queue.erase(next);
-    nic.next_work_request = after(profile.work_request_interval);
+    nic.link->next_work_request = after(profile.work_request_interval);
   }
   // With nothing but fenced writes left it goes on when one before them is acknowledged.
-  if (nic.sending.empty() && nic.next_work_request <= clock_.time()) return;
+  if (nic.sending.empty() && nic.link->next_work_request <= clock_.time()) return;
   if (!nic.sending.empty()) {
     const size_t chosen = below(nic.sending.size());
     const uint32_t id = nic.sending[chosen];
@@ -75,8 +77,8 @@ void EmulatedNetwork::send(Endpoint& endpoint, uint32_t rail) {
       std::swap(nic.sending[chosen], nic.sending.back());
       nic.sending.pop_back();
     }
-    nic.link_free = clock_.time() + transfer_time(piece_bytes(write, piece));
-    schedule_write(nic.link_free + profile.latency + jitter(), Event::Kind::kArrive, id, piece);
+    nic.link->send_free = clock_.time() + transfer_time(piece_bytes(write, piece));
+    schedule_write(nic.link->send_free + profile.latency + jitter(), Event::Kind::kArrive, id, piece);
   }
   schedule_sending(endpoint, rail);
 }
@@ -144,10 +146,10 @@ void EmulatedNetwork::arrive(uint32_t id, EmulatedPiece piece) {
     return schedule_write(after(profile.retransmit_timeout), Event::Kind::kResend, id, piece);
   }
   Nic& nic = endpoints_[write.target]->nics[write.request.rail];
-  const Picoseconds busy = nic.receive_free + transfer_time(piece_bytes(write, piece));
-  nic.receive_free = std::max(clock_.time(), busy);
-  if (nic.receive_free == clock_.time()) return land(id, piece);
-  schedule_write(nic.receive_free, Event::Kind::kLand, id, piece);
+  const Picoseconds busy = nic.link->receive_free + transfer_time(piece_bytes(write, piece));
+  nic.link->receive_free = std::max(clock_.time(), busy);
+  if (nic.link->receive_free == clock_.time()) return land(id, piece);
+  schedule_write(nic.link->receive_free, Event::Kind::kLand, id, piece);
 }
 
 void EmulatedNetwork::land(uint32_t id, EmulatedPiece piece) {

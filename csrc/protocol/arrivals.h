@@ -4,8 +4,7 @@
 //  - a source sends the dispatch of round r + 1 to a rank only after that rank's combine of round r, hence
 //    after that rank has polled the source's whole dispatch of round r;
 //  - it sends the combine of round r + 1 to a rank only after that rank's dispatch of round r + 1, hence
-//  after
-//    that rank has polled the source's whole combine of round r.
+//    after that rank has polled the source's whole combine of round r.
 // So of one source, each channel has at most one dispatch and one combine waiting.
 #pragma once
 

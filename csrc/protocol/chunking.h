@@ -11,14 +11,17 @@ struct Chunking {
   uint32_t rows = 0;    ///< rows of the pair
   uint32_t chunks = 1;  ///< at least 1: a pair without rows still signals
 
-  /// Cuts `rows` rows of `row_bytes` bytes into chunks of at most `chunk_bytes` (one row if a row is longer),
-  /// and into at least `rails` chunks if there are that many rows, so that every NIC gets a share. The rows
-  /// of two chunks differ by at most one.
+  /// Cuts `rows` rows of `row_bytes` bytes into as many chunks as bytes / `chunk_bytes` is nearest to, and
+  /// into at least `rails` chunks if there are that many rows, so that every NIC gets a share. The rows of
+  /// two chunks differ by at most one, so the longest is less than a row above one and a half of
+  /// `chunk_bytes`.
+  ///
+  /// To the nearest and not up: numbers of rows vary from pair to pair, and a write for what is left over
+  /// would cost every second pair a write of a fraction of the size that writes are worth.
   static constexpr Chunking of(uint32_t rows, uint64_t row_bytes, uint64_t chunk_bytes, uint32_t rails) {
     if (rows == 0) return {};
-    const uint64_t limit = std::max<uint64_t>(1, chunk_bytes / row_bytes);
-    const uint64_t wanted = std::max<uint64_t>((rows + limit - 1) / limit, rails);
-    return {rows, static_cast<uint32_t>(std::min<uint64_t>(rows, wanted))};
+    const uint64_t nearest = (rows * row_bytes + chunk_bytes / 2) / chunk_bytes;
+    return {rows, static_cast<uint32_t>(std::min<uint64_t>(rows, std::max<uint64_t>(nearest, rails)))};
   }
 
   constexpr uint32_t first_row(uint32_t chunk) const {

@@ -14,7 +14,6 @@
 
 #include "errors.h"
 #include "protocol/arrivals.h"
-#include "protocol/chunking.h"
 #include "protocol/round.h"
 
 namespace efa_ep {
@@ -85,7 +84,7 @@ Proxy::Proxy(Fabric& fabric, std::byte* arena, const ProxyOptions& options, bool
       chunk_bytes_(chunk_bytes_that_fit(options, fabric.description())),
       ring_(options.ring_commands),
       destinations_(options.layout.topology.nodes()),
-      pairs_(size_t{options.layout.channels} * kOperations * options.layout.topology.nodes()),
+      arriving_(options_.layout, node_, chunk_bytes_, rails_),
       completed_(size_t{kMaxChannels} * kOperations),
       completions_(kPollBatch),
       trace_(options.trace_spans) {
@@ -378,60 +377,28 @@ void Proxy::on_write_done(uint64_t context) {
 }
 
 void Proxy::on_arrival(uint32_t bits) {
-  const Immediate immediate = Immediate::decode(bits);
-  const Layout& layout = options_.layout;
-  const auto refuse = [&](const std::string& why) {
-    throw ProtocolError("an arriving write's immediate " + std::to_string(bits) + " " + why +
-                        "; a process that is not part of this run, or of an earlier one, writes here");
-  };
-  if (TileImmediate::is_one(bits)) refuse("is of a tile put, which this rank does not expect");
-  if (immediate.channel >= layout.channels) refuse("names channel " + std::to_string(immediate.channel));
-  if (immediate.source_node >= layout.topology.nodes() || immediate.source_node == node_) {
-    refuse("names source node " + std::to_string(immediate.source_node));
-  }
-  Pair& arriving = pair(immediate);
-  if (immediate.round_tag != arriving.round % Immediate::kRoundPeriod) {
-    refuse("carries round tag " + std::to_string(immediate.round_tag) + " in round " +
-           std::to_string(arriving.round));
-  }
-  if (immediate.first) {
-    if (arriving.rows_known) refuse("repeats a first chunk");
-    if (immediate.value > layout.max_tokens) refuse("announces " + std::to_string(immediate.value) + " rows");
-    arriving.rows_known = true;
-    arriving.rows = immediate.value;
-    arriving.chunks =
-        Chunking::of(arriving.rows, layout.row_bytes(immediate.operation), chunk_bytes_, rails_).chunks;
-  }
-  ++arriving.chunks_seen;
+  const ArrivingPairs::Chunk chunk = arriving_.take(bits);
+  const Immediate& immediate = chunk.immediate;
   add(counters_.immediates, 1);
   if (trace_.enabled()) {
     const uint64_t now = TraceBuffer::now_ns();
     trace_.add({.kind = TraceSpan::Kind::kArrival,
                 .what = static_cast<uint32_t>(immediate.operation),
                 .channel = immediate.channel,
-                .round = arriving.round,
-                .peer = layout.topology.rail_peer(options_.rank, immediate.source_node),
+                .round = chunk.word.round,
+                .peer = options_.layout.topology.rail_peer(options_.rank, immediate.source_node),
                 .chunk = immediate.chunk(),
                 .begin_ns = now,
                 .end_ns = now});
   }
-  if (!arriving.rows_known) return;
-  if (arriving.chunks_seen > arriving.chunks) refuse("is one more chunk than announced");
-  if (arriving.chunks_seen == arriving.chunks) {
-    publish(layout.arrival(immediate.channel, immediate.operation, immediate.source_node),
-            RoundWord{arriving.round, arriving.rows}.encode());
-    arriving = Pair{.round = arriving.round + 1};
-  }
+  if (!chunk.completes_pair) return;
+  publish(options_.layout.arrival(immediate.channel, immediate.operation, immediate.source_node),
+          chunk.word.encode());
 }
 
 void Proxy::fail(std::exception_ptr error) {
   failure_ = std::move(error);
   failed_.store(true, std::memory_order_release);
-}
-
-Proxy::Pair& Proxy::pair(const Immediate& immediate) {
-  const uint32_t row = immediate.channel * kOperations + static_cast<uint32_t>(immediate.operation);
-  return pairs_[size_t{row} * options_.layout.topology.nodes() + immediate.source_node];
 }
 
 void Proxy::publish(size_t offset, uint64_t value) const {

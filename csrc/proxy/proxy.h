@@ -15,6 +15,7 @@
 #include "clock.h"
 #include "fabric/fabric.h"
 #include "protocol/layout.h"
+#include "proxy/arriving_pairs.h"
 #include "proxy/command_ring.h"
 #include "proxy/command_source.h"
 #include "proxy/posting.h"
@@ -123,14 +124,6 @@ class Proxy {
     Refusal refusal;
     std::array<std::array<uint32_t, kOperations>, kMaxChannels> rounds{};  // whose first chunks are posted
   };
-  /// What has arrived of the current round of one (channel, operation, source node).
-  struct Pair {
-    uint32_t round = 1;
-    uint32_t chunks_seen = 0;
-    bool rows_known = false;
-    uint32_t rows = 0;
-    uint32_t chunks = 0;
-  };
   struct AtomicCounters {
     std::atomic<uint64_t> writes{0}, bytes{0}, completions{0}, immediates{0}, retries{0};
   };
@@ -150,7 +143,6 @@ class Proxy {
   void publish(size_t offset, uint64_t value) const;
   void pin_thread();
   void fail(std::exception_ptr error);
-  Pair& pair(const Immediate& immediate);
   WriteRequest request_of(uint32_t node, const Command& command) const;
   void trace_write(const WriteRequest& request, Destination& destination, uint64_t begin_ns);
   // Only the holder of work_ writes counters; readers may be anywhere.
@@ -170,7 +162,7 @@ class Proxy {
   std::vector<Destination> destinations_;
   size_t queued_ = 0;
   uint32_t outstanding_ = 0;  // of all destinations
-  std::vector<Pair> pairs_;
+  ArrivingPairs arriving_;
   std::vector<uint64_t> completed_;  // writes, by context without the node
   std::vector<Completion> completions_;
   AtomicCounters counters_;

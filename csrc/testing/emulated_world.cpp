@@ -16,6 +16,8 @@ std::byte* allocate_zeroed(size_t bytes) {
   return memory;
 }
 
+uint64_t arrivals(const Proxy* proxy) { return proxy == nullptr ? 0 : proxy->counters().immediates; }
+
 /// A stand-in's: no tokens, no experts.
 class NoWorkload final : public EmulatedWorkload {
  public:
@@ -74,15 +76,23 @@ void EmulatedWorld::mask(std::vector<uint32_t> server_of) {
 
 void EmulatedWorld::build() {
   const uint32_t world = options_.layout.topology.world;
-  for (uint32_t rank = 0; rank < world; ++rank) {
-    const size_t bytes = options_.layout.total_bytes();
-    ranks_[rank].arena.reset(allocate_zeroed(bytes));
-    ranks_[rank].fabric = std::make_unique<EmulatedFabric>(network_, rank);
-    ranks_[rank].fabric->register_memory(ranks_[rank].arena.get(), bytes);
-    ranks_[rank].channels.resize(options_.layout.channels);
+  // Guests last, since they share the NICs of others.
+  for (const bool guests : {false, true}) {
+    for (uint32_t rank = 0; rank < world; ++rank) {
+      if (is_guest(rank) == guests) open(rank);
+    }
   }
   for (uint32_t rank = 0; rank < world; ++rank) connect(rank);
   for (uint32_t rank = 0; rank < world; ++rank) make_device(rank);
+}
+
+void EmulatedWorld::open(uint32_t rank) {
+  const size_t bytes = options_.layout.total_bytes();
+  const auto nics_of = is_guest(rank) ? std::optional(server_of_[rank]) : std::nullopt;
+  ranks_[rank].arena.reset(allocate_zeroed(bytes));
+  ranks_[rank].fabric = std::make_unique<EmulatedFabric>(network_, rank, nics_of);
+  ranks_[rank].fabric->register_memory(ranks_[rank].arena.get(), bytes);
+  ranks_[rank].channels.resize(options_.layout.channels);
 }
 
 void EmulatedWorld::connect(uint32_t rank) {
@@ -170,16 +180,18 @@ void EmulatedWorld::step(uint32_t index) {
   Rank& rank = ranks_[index];
   if (rank.error || !network_.alive(index) || network_.frozen(index)) return;
   no_deadline_before_ = std::min(no_deadline_before_, deadline_of(index));
-  bool moved = false;
-  while (rank.proxy && rank.proxy->help()) moved = true;
+  const uint64_t arrived = arrivals(rank.proxy.get());
+  while (rank.proxy && rank.proxy->help()) continue;
+  // What arrived here, or what this rank did, may be what a rank of its node waits for. That its own writes
+  // are complete is no news to others.
+  bool news = arrivals(rank.proxy.get()) != arrived;
   guard(index, [&] {
     if (rank.proxy) rank.proxy->throw_if_failed();
     for (uint32_t channel = 0; channel < rank.channels.size(); ++channel) {
-      moved |= advance_channel(index, channel);
+      news |= advance_channel(index, channel);
     }
   });
-  if (!moved) return;
-  // What this rank did may be what a rank of its node waits for.
+  if (!news) return;
   const Topology& topology = options_.layout.topology;
   for (uint32_t local = 0; local < topology.ranks_per_node; ++local) {
     enqueue(topology.rank_at(topology.node_of(index), local));

@@ -67,7 +67,8 @@ class EmulatedWorld {
 
   /// What mask() of the Python package does, agreed on already: new arenas, endpoints, proxies and devices,
   /// on which run() goes on with the next rounds. `server_of[r]` is r for a live rank; a lost one's position
-  /// is served, on the NICs that were its own, by that rank, which lets it begin a round when it does.
+  /// is served by that rank, which lets it begin a round when it does: on the NICs that were its own, or on
+  /// the server's if that is of another node.
   void mask(std::vector<uint32_t> server_of);
 
   /// Injects a fault in the moment before a rank's half.
@@ -132,6 +133,7 @@ class EmulatedWorld {
   };
 
   void build();
+  void open(uint32_t rank);
   void connect(uint32_t rank);
   void make_device(uint32_t rank);
   void enqueue(uint32_t rank);
@@ -149,6 +151,11 @@ class EmulatedWorld {
   template <class Work>
   void guard(uint32_t rank, const Work& work);
   bool is_stand_in(uint32_t rank) const { return server_of_[rank] != rank; }
+  /// A stand-in whose whole node is lost.
+  bool is_guest(uint32_t rank) const {
+    const Topology& topology = options_.layout.topology;
+    return topology.node_of(server_of_[rank]) != topology.node_of(rank);
+  }
   EmulatedTurn turn_of(uint32_t rank, uint32_t channel) const {
     return {rank, channel, ranks_[rank].channels[channel].finished + 1};
   }

@@ -82,6 +82,7 @@ Counted count_in_a_run(const Shape& shape, uint64_t chunk_bytes, uint64_t seed) 
     if (world.error(rank)) std::rethrow_exception(world.error(rank));
     const ProxyCounters counters = world.proxy(rank)->counters();
     counted.writes += static_cast<double>(counters.writes) / shape.ranks;
+    counted.most_writes = std::max(counted.most_writes, counters.writes);
     counted.wire_bytes += static_cast<double>(counters.bytes) / shape.ranks;
     counted.retries += counters.retries;
     counted.fences += world.policy(rank)->counters().fences;

@@ -8,6 +8,7 @@ namespace efa_ep::wire_counts {
 /// What a rank of an emulated world of this shape really did in a round, on average.
 struct Counted {
   double writes = 0;
+  uint64_t most_writes = 0;  ///< of the rank that had the most
   double wire_bytes = 0;
   uint64_t fences = 0;  ///< of all ranks
   uint64_t retries = 0;

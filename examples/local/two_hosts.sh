@@ -106,10 +106,23 @@ PYTHON
 say "what the ranks say about themselves"
 grep -h -o 'EFA EP rank .*\|EFA EP: the ranks meet.*' "$work/server.log" || (tail -40 "$work/server.log"; exit 1)
 "$python" - "$work/stats" <<'PYTHON'
-import json, pathlib, sys
+import json, pathlib, sys, time
 
-for path in sorted(pathlib.Path(sys.argv[1]).glob("rank*.json")):
-    counters = json.loads(path.read_text())["all_to_alls"][0]
+
+def read():
+    paths = sorted(pathlib.Path(sys.argv[1]).glob("rank*.json"))
+    return [each for path in paths for each in json.loads(path.read_text())["all_to_alls"]]
+
+
+before, found = [], read()
+for _ in range(20):  # the ranks write their counters four times a second: wait until they stand still
+    if len(found) == 2 and found == before and all(counters["rounds"] for counters in found):
+        break
+    time.sleep(0.5)
+    before, found = found, read()
+else:
+    sys.exit("the ranks did not count anything: the backend was not used")
+for counters in found:
     print(f"rank {counters['rank']}: {counters['network_rows']} rows and {counters['bytes_written']} bytes",
           f"to the other host in {counters['rounds']} rounds")
 PYTHON
@@ -117,5 +130,8 @@ PYTHON
 if [[ ${1:-} == --keep ]]; then
   say "the server runs until Ctrl-C; from another shell:"
   echo "  sudo ip netns exec ${hosts[0]} curl http://${addresses[0]}:$port/v1/models"
-  wait "$server"
+  wait "$server" && exit
+  say "the server has ended; what the ranks said last:"
+  grep -h -o 'EFA EP: .*' "$work/server.log" | sort -u
+  exit 1
 fi

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <random>
@@ -94,7 +95,7 @@ TEST(Immediate, TagsARoundWithItsLowBits) {
 
 // ---- chunking.h
 
-TEST(Chunking, PartitionsTheRowsIntoNearlyEqualChunksWithinTheLimit) {
+TEST(Chunking, PartitionsTheRowsIntoNearlyEqualChunks) {
   auto random = seeded_random();
   for (int i = 0; i < 20'000; ++i) {
     const uint32_t rows = i % 50 == 0 ? kMaxTokensPerRank : pick(random, 0, i % 2 == 0 ? 40 : 5000);
@@ -113,7 +114,8 @@ TEST(Chunking, PartitionsTheRowsIntoNearlyEqualChunksWithinTheLimit) {
       const uint32_t count = cut.rows_in(chunk);
       if (rows > 0) {
         ASSERT_GE(count, 1u);
-        ASSERT_TRUE(count == 1 || count * row_bytes <= chunk_bytes) << count << " rows in chunk " << chunk;
+        // Less than a row above one and a half, so that the longest write is known beforehand.
+        ASSERT_LT(2 * (count - 1) * row_bytes, 3 * chunk_bytes) << count << " rows in chunk " << chunk;
       }
       fewest = std::min(fewest, count);
       most = std::max(most, count);
@@ -124,21 +126,35 @@ TEST(Chunking, PartitionsTheRowsIntoNearlyEqualChunksWithinTheLimit) {
   }
 }
 
-// Whole rows only, so the bytes' quotient alone would not do: a chunk holds floor(chunk_bytes / row_bytes)
-// rows.
-TEST(Chunking, HasNoMoreChunksThanBytesAndRailsAskFor) {
+// By trying: no other number of chunks brings their mean nearer to one chunk's worth, in units of chunks.
+TEST(Chunking, HasTheNumberOfChunksThatBytesAreNearestTo) {
   auto random = seeded_random();
   for (int i = 0; i < 20'000; ++i) {
     const uint32_t rows = pick(random, 1, 500);
     const uint64_t row_bytes = 16 * pick(random, 1, 2000);
     const uint64_t chunk_bytes = pick(random, 1, 1 << 20);
     const uint32_t rails = pick(random, 1, 16);
-    uint32_t fewest = 1;  // by trying: the smallest number of chunks none of which is too long
-    while (fewest < rows && (rows + fewest - 1) / fewest * row_bytes > chunk_bytes) ++fewest;
+    const auto distance = [&](uint32_t chunks) {
+      return std::abs(static_cast<double>(rows * row_bytes) - static_cast<double>(chunks * chunk_bytes));
+    };
+    uint32_t nearest = 1;
+    while (nearest < rows && distance(nearest + 1) <= distance(nearest)) ++nearest;
     EXPECT_EQ(Chunking::of(rows, row_bytes, chunk_bytes, rails).chunks,
-              std::min(rows, std::max(fewest, rails)))
+              std::min(rows, std::max(nearest, rails)))
         << "seed " << kSeed << ": " << rows << " rows of " << row_bytes << " B, chunks of " << chunk_bytes
         << " B, " << rails << " rails";
+  }
+}
+
+// What buffers and queues are sized by is the number of chunks of the most rows.
+TEST(Chunking, NeverNeedsFewerChunksForMoreRows) {
+  for (const uint64_t row_bytes : {16u, 48u, 7472u, 14336u}) {
+    for (const uint64_t chunk_bytes : {1u, 100u, 8192u, 131072u}) {
+      for (uint32_t rows = 1; rows <= 300; ++rows) {
+        EXPECT_LE(Chunking::of(rows - 1, row_bytes, chunk_bytes, 2).chunks,
+                  Chunking::of(rows, row_bytes, chunk_bytes, 2).chunks);
+      }
+    }
   }
 }
 
@@ -159,18 +175,21 @@ TEST(Chunking, NumbersEveryChunkWithinTheImmediate) {
   static_assert(Chunking::of(kMaxTokensPerRank, 1 << 20, 1, 1).chunks - 1 <= 0xFFFF);
 }
 
-// 64 ranks on 8 nodes, 128 tokens, top-8 of evenly loaded experts: a token has rows for a node with
-// probability 1 - (7/8)^8 = 0.656, which makes 84 of 128 rows.
+// 64 ranks on 8 nodes, 128 tokens, 8 of 256 experts at random: 84.6 rows for a node on average, and between
+// 74 and 95 for 19 of 20 pairs. The promise is about what ranks write, not about the average pair.
 TEST(Chunking, NeedsTheWritesPerLayerThatTheDesignPromises) {
-  constexpr uint32_t kRows = 84;
   constexpr RowShape kRow{.top_k = 8, .payload_bytes = 7168, .scale_bytes = 224, .combine_bytes = 14336};
   const auto writes = [&](uint64_t chunk_bytes) {
-    return 7 * (Chunking::of(kRows, kRow.dispatch_bytes(), chunk_bytes, 2).chunks +
-                Chunking::of(kRows, kRow.combine_bytes, chunk_bytes, 2).chunks);
+    double sum = 0;
+    for (uint32_t rows = 74; rows <= 95; ++rows) {
+      sum += 7 * (Chunking::of(rows, kRow.dispatch_bytes(), chunk_bytes, 2).chunks +
+                  Chunking::of(rows, kRow.combine_bytes, chunk_bytes, 2).chunks);
+    }
+    return sum / (95 - 74 + 1);
   };
-  EXPECT_EQ(writes(uint64_t{1} << 30), 28u);
-  EXPECT_EQ(writes(256 * 1024), 56u);
-  EXPECT_EQ(writes(128 * 1024), 105u);
+  EXPECT_EQ(writes(uint64_t{1} << 30), 28.0);
+  EXPECT_LE(writes(256 * 1024), 56.0);
+  EXPECT_LE(writes(128 * 1024), 105.0);
 }
 
 /// Most minus least.

@@ -13,8 +13,8 @@ namespace {
 
 constexpr uint32_t kNodes = 4;
 constexpr uint32_t kSendQueueDepth = 8;
-// 14 chunks of dispatch and 20 of combine, from 3 sources on 2 channels over 2 NICs.
-constexpr uint32_t kArrivals = 3 * 2 * (7 + 10);
+// 16 chunks of dispatch and 24 of combine, from 3 sources on 2 channels over 2 NICs.
+constexpr uint32_t kArrivals = 3 * 2 * (8 + 12);
 
 class ProxyArrivalsTest : public ProxyTest {
  protected:

@@ -33,7 +33,7 @@ struct Shipment {
 /// Nodes of one rank each. Rank 0 runs the proxy under test; the others have a bare endpoint.
 class ProxyTest : public testing::Test {
  protected:
-  static constexpr uint32_t kMaxTokens = 40;
+  static constexpr uint32_t kMaxTokens = 48;
   static constexpr uint64_t kChunkBytes = 96;  // three dispatch rows, or two combine rows
   static constexpr std::chrono::hours kForever{1};
 

@@ -101,7 +101,7 @@ INSTANTIATE_TEST_SUITE_P(
         Malformed{"PreviousRound", {with_tag(0)}, "round tag 0 in round 1"},
         Malformed{"NextRound", {with_tag(2)}, "round tag 2 in round 1"},
         Malformed{"RepeatedFirstChunk", {first(6), first(6)}, "repeats a first chunk"},
-        Malformed{"TooManyRows", {first(41)}, "announces 41 rows"},
+        Malformed{"TooManyRows", {first(49)}, "announces 49 rows"},
         Malformed{"ChunkAfterTheLast", {first(3), other(1), other(2)}, "round tag 1 in round 2"},
         Malformed{"MoreChunksThanAnnounced", {other(1), other(2), first(3)}, "one more chunk"},
         Malformed{"MoreChunksThanNone", {other(1), first(0)}, "one more chunk"}),

@@ -1,8 +1,9 @@
 """Hosts for tests: network namespaces of this machine, each with an address of its own, joined by a switch.
 
-The switch is a bridge in a namespace of its own, so nothing appears in the machine's own network, several
-networks may exist at once, and removing the namespaces removes everything. Namespaces share the machine's
-files, shared memory and process ids; ``host_identity`` of the package tells them apart, as it must.
+The switch is a namespace of its own with a bridge per network, so nothing appears in the machine's own
+network, several switches may exist at once, and removing the namespaces removes everything. Namespaces share
+the machine's files, shared memory and process ids; ``host_identity`` of the package tells them apart, as it
+must.
 """
 
 import contextlib
@@ -15,7 +16,8 @@ from functools import cache
 
 import psutil
 
-INTERFACE = "eth0"
+INTERFACE, DATA_INTERFACE = "eth0", "eth1"
+_SUBNETS = {INTERFACE: "10.77.0", DATA_INTERFACE: "10.77.1"}
 _ENDED_SECONDS = 10.0
 
 
@@ -63,13 +65,13 @@ class Host:
             "RAY_NODE_IP_ADDRESS": self.address,
         }
 
-    def cut(self) -> None:
-        """Take the link down at the switch, as a pulled cable: no packet passes, and nobody is told."""
-        _ip("-n", self.switch, "link", "set", f"port{self.index}", "down")
+    def cut(self, interface: str = INTERFACE) -> None:
+        """Take a link down at the switch, as a pulled cable: no packet passes, and nobody is told."""
+        _ip("-n", self.switch, "link", "set", _port(interface, self.index), "down")
 
-    def mend(self) -> None:
+    def mend(self, interface: str = INTERFACE) -> None:
         """Undo ``cut``."""
-        _ip("-n", self.switch, "link", "set", f"port{self.index}", "up")
+        _ip("-n", self.switch, "link", "set", _port(interface, self.index), "up")
 
     def kill_processes(self) -> None:
         """End everything that runs on the host."""
@@ -81,29 +83,43 @@ class Host:
 
 
 @contextlib.contextmanager
-def hosts(count: int) -> Iterator[list[Host]]:
-    """Make ``count`` hosts that reach each other; afterwards end what runs in them and remove them."""
+def hosts(count: int, interfaces: Sequence[str] = (INTERFACE,)) -> Iterator[list[Host]]:
+    """Make hosts that reach each other; afterwards end what runs in them and remove them.
+
+    Args:
+        count: How many.
+        interfaces: Of each; the second, if any, is ``DATA_INTERFACE``, on a network of its own.
+
+    """
     run = secrets.token_hex(3)
     switch = f"efaep-{run}-switch"
     made: list[Host] = []
     with contextlib.ExitStack() as cleanup:
         _add_namespace(switch, cleanup)
-        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
-        _ip("-n", switch, "link", "set", "bridge", "up")
+        for interface in interfaces:
+            _ip("-n", switch, "link", "add", f"bridge-{interface}", "type", "bridge")
+            _ip("-n", switch, "link", "set", f"bridge-{interface}", "up")
         for index in range(count):
-            host = Host(index, f"efaep-{run}-{index}", f"10.77.0.{10 + index}", switch)
+            host = Host(index, f"efaep-{run}-{index}", f"{_SUBNETS[INTERFACE]}.{10 + index}", switch)
             _add_namespace(host.namespace, cleanup)
-            port = f"port{index}"
-            _ip(
-                *("-n", switch, "link", "add", port, "type", "veth"),
-                *("peer", "name", INTERFACE, "netns", host.namespace),
-            )
-            _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
-            _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", INTERFACE)
-            _ip("-n", host.namespace, "link", "set", INTERFACE, "up")
             _ip("-n", host.namespace, "link", "set", "lo", "up")
+            for interface in interfaces:
+                _plug_in(host, interface)
             made.append(host)
         yield made
+
+
+def _plug_in(host: Host, interface: str) -> None:
+    port, address = _port(interface, host.index), f"{_SUBNETS[interface]}.{10 + host.index}/24"
+    inside, switch = ("-n", host.namespace), ("-n", host.switch)
+    _ip(*switch, "link", "add", port, "type", "veth", "peer", "name", interface, "netns", host.namespace)
+    _ip(*switch, "link", "set", port, "master", f"bridge-{interface}", "up")
+    _ip(*inside, "addr", "add", address, "dev", interface)
+    _ip(*inside, "link", "set", interface, "up")
+
+
+def _port(interface: str, index: int) -> str:
+    return f"{interface}-{index}"
 
 
 def _add_namespace(name: str, cleanup: contextlib.ExitStack) -> None:

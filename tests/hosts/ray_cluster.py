@@ -31,7 +31,7 @@ class RayCluster:
     settings: Mapping[str, str]
     directory: Path
 
-    def start_node(self, host: Host) -> None:
+    def start_node(self, host: Host, own_settings: Mapping[str, str] | None = None) -> None:
         """Run ``ray start`` on a host, with one place for a rank; two CPUs are what vLLM's engine needs."""
         resources = ["--num-cpus", "2", "--num-gpus", "1", "--object-store-memory", "80000000"]
         role = (
@@ -46,7 +46,7 @@ class RayCluster:
         with log.open("wb") as output:
             status = subprocess.run(
                 host.command([*command, *resources, *role]),
-                env=environment_on(host, self.settings),
+                env=environment_on(host, {**self.settings, **(own_settings or {})}),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 timeout=START_SECONDS,
@@ -61,8 +61,19 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(hosts: Sequence[Host], settings: Mapping[str, str] | None = None) -> Iterator[RayCluster]:
-    """Run ``ray start`` on every host; removing the hosts ends it all."""
+def ray_cluster(
+    hosts: Sequence[Host],
+    settings: Mapping[str, str] | None = None,
+    own_settings: Mapping[int, Mapping[str, str]] | None = None,
+) -> Iterator[RayCluster]:
+    """Run ``ray start`` on every host; removing the hosts ends it all.
+
+    Args:
+        hosts: The first is the head.
+        settings: Environment variables of all nodes and drivers.
+        own_settings: Those that only one node has, by its host's number.
+
+    """
     # A short path: that of a Unix socket may not be longer than 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as directory:
         environment = {
@@ -75,5 +86,5 @@ def ray_cluster(hosts: Sequence[Host], settings: Mapping[str, str] | None = None
         cluster = RayCluster(hosts, environment, Path(directory))
         # One after the other: nodes share this machine's files, and started at once they hinder each other.
         for host in hosts:
-            cluster.start_node(host)
+            cluster.start_node(host, (own_settings or {}).get(host.index))
         yield cluster

@@ -13,7 +13,8 @@ from bodies import rounds
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.coordinator import Ticket
-from vllm_efa_ep.bootstrap.ray import namespace
+from vllm_efa_ep.bootstrap.presence import MEMBER_BYTES, Presence
+from vllm_efa_ep.bootstrap.ray import RayBootstrap, namespace
 from vllm_efa_ep.bootstrap.ray_hosts import RayRanks, inventories, run_on_ray
 from vllm_efa_ep.bootstrap.run import Run
 from vllm_efa_ep.errors import EfaEpError, MembershipError
@@ -63,6 +64,13 @@ def rounds_and_keys(bootstrap: Bootstrap, go: str) -> Any:
     return result | {"keys": keys, "winner": winner}
 
 
+def join(run: Run, rank: int) -> None:
+    """Be a rank until the test ends this process; no host counts as gone before the test gives up."""
+    bootstrap = RayBootstrap(run, rank, 2, host_timeout_s=int(10 * _SECONDS))
+    say("joined", bootstrap.rank)
+    time.sleep(_SECONDS)
+
+
 def restart(run: Run, size: int) -> None:
     """Take up what ``start`` began; before, knock at the coordinator and at a rank without the token."""
     deadline = time.monotonic() + _SECONDS
@@ -79,7 +87,7 @@ def restart(run: Run, size: int) -> None:
         "publish": coordinator.publish.remote(ticket, "key 0", "forged"),
         "publish_once": coordinator.publish_once.remote(ticket, "winner", "forged"),
         "lookup": coordinator.lookup.remote(ticket, "key 0"),
-        "renew": coordinator.renew.remote(ticket),
+        "join": coordinator.join.remote(ticket),
         "leave": coordinator.leave.remote(ticket),
         "result": ray.get_actor("rank 0", namespace(run)).result.remote(bytes(32)),
     }
@@ -89,6 +97,10 @@ def restart(run: Run, size: int) -> None:
             ray.get(answer, timeout=_SECONDS)
         except MembershipError as error:
             refused[door] = str(error)
+    try:
+        Presence(*ray.get(coordinator.door.remote()), ticket.token, "00" * MEMBER_BYTES, _SECONDS)
+    except MembershipError as error:
+        refused["connection"] = str(error)
     say("refused", refused)
     Path(_go(run)).touch()
     ranks = RayRanks.attach(run, size)
@@ -117,7 +129,7 @@ def main() -> None:
     """Connect to the cluster and do what the command line says."""
     what, name, token, size = sys.argv[1:]
     ray.init(log_to_driver=False)
-    what_to_do = {each.__name__: each for each in (play, start, restart, wait_for_nodes)}[what]
+    what_to_do = {each.__name__: each for each in (play, start, join, restart, wait_for_nodes)}[what]
     what_to_do(Run(name, bytes.fromhex(token)), int(size))
 
 

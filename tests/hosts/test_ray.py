@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from network import hosts
-from programs import DEADLINE_S, environment_on
+from programs import DEADLINE_S, Program, environment_on
 from ray_cluster import RayCluster, ray_cluster
 
 from vllm_efa_ep.bootstrap.run import Run
@@ -44,10 +44,10 @@ def test_ranks_outlive_their_driver_and_strangers(cluster: RayCluster, tmp_path:
     with cluster.driver(tmp_path / "second.log", "restart", *arguments) as second:
         refused = second.hear("refused")
         assert sorted(refused) == sorted(
-            ["gather", "publish", "publish_once", "lookup", "renew", "leave", "result"]
+            ["gather", "publish", "publish_once", "lookup", "join", "leave", "connection", "result"]
         )
-        result = refused.pop("result")
-        assert "pass the run's token" in result
+        assert "pass the run's token" in refused.pop("result")
+        assert "refuses this process: it is not a member" in refused.pop("connection")
         for message in refused.values():
             assert f"a stranger is not a member of run {run.name}" in message
         results = second.hear("result")
@@ -57,6 +57,20 @@ def test_ranks_outlive_their_driver_and_strangers(cluster: RayCluster, tmp_path:
     for each in results:
         assert each["keys"] == ["0", "1"]
         assert each["network_rows"] > 0
+
+
+def test_a_rank_is_succeeded_as_soon_as_it_has_ended(cluster: RayCluster, tmp_path: Path) -> None:
+    """Killed, it says nothing; its connection does, long before its host would be missed."""
+    run = Run.new()
+
+    def join(rank: int, log: str) -> Program:
+        return cluster.driver(tmp_path / log, "join", run.name, run.token.hex(), str(rank))
+
+    with join(1, "other.log") as other, join(0, "first.log") as first:
+        assert (other.hear("joined"), first.hear("joined")) == (1, 0)
+        first.process.kill()
+        with join(0, "second.log") as second:
+            assert second.hear("joined") == 0
 
 
 def bench_on(cluster: RayCluster, tmp_path: Path, *options: str) -> "subprocess.CompletedProcess[str]":

@@ -12,12 +12,20 @@ import importlib.util
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import vllm_efa_ep
+
+if TYPE_CHECKING:
+    from fake_driver import FakeDriver
+
+    from vllm_efa_ep.cuda.arena import DeviceView
 
 
 def load_core(directory: Path) -> ctypes.CDLL:
@@ -30,25 +38,82 @@ def load_core(directory: Path) -> ctypes.CDLL:
     sys.modules[spec.name] = vllm_efa_ep._core = core
     spec.loader.exec_module(core)
     library = ctypes.CDLL(str(path))
-    library.simt_new_stream.restype = ctypes.c_void_p
+    address, count = ctypes.c_void_p, ctypes.c_size_t
+    for name, result, *arguments in (
+        ("simt_new_stream", address, ctypes.c_int),
+        ("simt_synchronize", None),
+        ("simt_fill_words", None, address, address, ctypes.c_uint32, count),
+        ("simt_capture_begin", None, address),
+        ("simt_capture_end", address, address),
+        ("simt_graph_size", count, address),
+        ("simt_graph_launch", None, address, address),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
 
 
-def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
-    """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library."""
+class Streams:
+    """What torch.cuda knows of streams and graphs."""
+
+    def __init__(self, library: ctypes.CDLL, current: Callable[[], int] | None) -> None:
+        """Make streams of the engine that is in ``library``: one per thread, or what ``current`` returns."""
+        self._library = library
+        self._of_thread = threading.local()
+        self._current = current
+
+    def current(self) -> int:
+        """Return this thread's stream."""
+        if self._current is not None:
+            return self._current()
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = self._library.simt_new_stream(0)
+        return self._of_thread.stream
+
+    def is_capturing(self) -> bool:
+        """Whether launches into this thread's stream are recorded."""
+        return getattr(self._of_thread, "capturing", False)
+
+    @contextmanager
+    def capture(self) -> Iterator[list[int]]:
+        """Record; the list gets the graph. The engine ends the process if somebody waits for the stream."""
+        graph: list[int] = []
+        self._library.simt_capture_begin(self.current())
+        self._of_thread.capturing = True
+        yield graph
+        self._of_thread.capturing = False
+        graph.append(self._library.simt_capture_end(self.current()))
+
+    def size(self, graph: list[int]) -> int:
+        """Return the number of a graph's launches."""
+        return self._library.simt_graph_size(graph[0])
+
+    def replay(self, graph: list[int]) -> None:
+        """Launch what was recorded."""
+        self._library.simt_graph_launch(graph[0], self.current())
+
+    def fill(self, address: int, value: int, count: int, stream: int) -> None:
+        """Do what cuMemsetD32Async does."""
+        self._library.simt_fill_words(stream, address, value, count)
+
+
+def fake_cuda(
+    library: ctypes.CDLL, signals: str, stream: Callable[[], int] | None = None
+) -> tuple[Streams, "FakeDriver"]:
+    """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library.
+
+    ``stream`` returns the current one of a thread; by default each has its own.
+    """
     from fake_driver import FakeDriver
     from pci_trees import build, lines_of
 
     from vllm_efa_ep import pci_topology
     from vllm_efa_ep.cuda import halves, rank_memory
 
-    FakeDriver().install()
-    local = threading.local()
-
-    def current_stream() -> int:
-        if not hasattr(local, "stream"):
-            local.stream = library.simt_new_stream(0)
-        return local.stream
+    driver, streams = FakeDriver(), Streams(library, stream)
+    driver.cuMemsetD32Async = streams.fill  # type: ignore[method-assign]
+    driver.cuCtxSynchronize = library.simt_synchronize  # type: ignore[method-assign]
+    driver.install()
 
     def synchronised(name: str) -> None:
         # What torch does with the tensors next would wait in the same stream.
@@ -56,26 +121,33 @@ def fake_cuda(library: ctypes.CDLL, signals: str) -> None:
 
         def call(self: halves.CudaHalves, *arguments: object) -> object:
             result = half(self, *arguments)
-            self._core.wait(current_stream())
+            if not streams.is_capturing():
+                self._core.wait(streams.current())
             return result
 
         setattr(halves.CudaHalves, name, call)
 
     for name in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"):
         synchronised(name)
-    halves.current_stream = current_stream
-    halves.is_capturing = lambda: False
+    halves.current_stream = streams.current
+    halves.is_capturing = streams.is_capturing
     rank_memory.current_ordinal = lambda: 0
     rank_memory.current_device = lambda: torch.device("cpu")
     sysfs = build(Path(tempfile.mkdtemp()) / "sys", lines_of("p5"))
     rank_memory.gpu_affinity = lambda bus_id: replace(
         pci_topology.gpu_affinity(bus_id, sysfs), cpus=frozenset({0, 1})
     )
-    rank_memory.GpuMemory.tensor = lambda _, arena, offset, size: torch.frombuffer(
-        (ctypes.c_uint8 * size).from_address(arena.address + offset), dtype=torch.uint8
-    )
+    rank_memory._tensor = as_cpu_tensor
     if signals == "gdrcopy":
         rank_memory.GdrCopy = WindowIntoFakeMemory
+    return streams, driver
+
+
+def as_cpu_tensor(view: "DeviceView", device: torch.device) -> torch.Tensor:  # noqa: ARG001
+    """Return the bytes of a view of fake device memory."""
+    interface = view.__cuda_array_interface__
+    (size,), (address, _) = interface["shape"], interface["data"]
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
 
 
 class WindowIntoFakeMemory:
@@ -112,10 +184,30 @@ def play_scenes(libfabric: str, signals: str) -> None:
                 libfabric=libfabric,
                 chunk_bytes=1000,
                 gpu_signals=signals,
+                gpu_handles="fabric" if signals == "gdrcopy" else "descriptor",
                 num_sms=2,
             )
             play(scene, settings)
             print("played", nodes, ranks_per_node, config.layout, per_slot, flush=True)
+
+
+def quantise_and_count(libfabric: str, signals: str) -> None:
+    """Let kernels quantise tokens, and read how many there are."""
+    from quantised_rounds import config_of, play
+    from thread_world import ThreadBootstrap, outcomes_of_ranks, settings_of
+
+    from vllm_efa_ep import AllToAll
+
+    settings = settings_of(1, provider="efaemu", libfabric=libfabric, gpu_signals=signals, num_sms=2)
+    for quantisation in ("fp8", "fp8_ue8m0"):
+
+        def body(bootstrap: ThreadBootstrap, quantisation: str = quantisation) -> None:
+            with AllToAll(config_of(quantisation, "cuda"), bootstrap, settings) as all_to_all:
+                play(all_to_all, 3)
+
+        for outcome in outcomes_of_ranks(2, body):
+            outcome.get()
+        print("quantised", quantisation, flush=True)
 
 
 def time_out() -> None:
@@ -129,8 +221,14 @@ def time_out() -> None:
 
     def body(bootstrap: ThreadBootstrap) -> None:
         with AllToAll(config, bootstrap, settings_of(2, timeout_s=1.0, num_sms=2)) as all_to_all:
+            assert not all_to_all.fault().item()
             if bootstrap.rank == 0:
-                all_to_all.dispatch(torch.ones(1, 64).bfloat16(), torch.tensor([[0, 3]]), torch.ones(1, 2))
+                try:
+                    all_to_all.dispatch(
+                        torch.ones(1, 64).bfloat16(), torch.tensor([[0, 3]]), torch.ones(1, 2)
+                    )
+                finally:
+                    assert all_to_all.fault().item()
 
     error = outcomes_of_ranks(2, body)[0].error
     assert isinstance(error, RankTimeoutError), error
@@ -143,6 +241,7 @@ def main() -> None:
     directory, libfabric, signals = sys.argv[1:]
     fake_cuda(load_core(Path(directory)), signals)
     play_scenes(libfabric, signals)
+    quantise_and_count(libfabric, signals)
     time_out()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from cuda.bindings import driver as cuda
 
 _OK = cuda.CUresult.CUDA_SUCCESS
+_HANDLE_TYPE = cuda.CUmemAllocationHandleType
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
@@ -43,6 +44,7 @@ class FakeDriver:
         self._bus_ids = bus_ids
         self._numbers = itertools.count(1)
         self._descriptors: dict[int, int] = {}  # of allocations, by handle
+        self._kinds: dict[int, Any] = {}  # of their handles
         self._mapped: dict[int, int] = {}  # descriptor by address
         self._refusals: dict[str, Any] = {}
         self._originals: dict[str, Any] = {}
@@ -114,22 +116,28 @@ class FakeDriver:
         os.ftruncate(descriptor, size)
         with mmap.mmap(descriptor, size) as whole:
             whole[:] = bytes([_DIRTY]) * size
-        return self._allocation(descriptor)
+        allocation = self._allocation(descriptor)
+        self._kinds[int(allocation)] = properties.requestedHandleTypes
+        return allocation
 
     def cuMemRelease(self, handle: Any) -> None:
         self.live.remove(("allocation", int(handle)))
         os.close(self._descriptors.pop(int(handle)))
 
-    def cuMemExportToShareableHandle(self, handle: Any, kind: Any, flags: int) -> int:
-        assert (kind, flags) == (
-            cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-            0,
-        )
-        return os.dup(self._descriptors[int(handle)])
+    def cuMemExportToShareableHandle(self, handle: Any, kind: Any, flags: int) -> Any:
+        assert (kind, flags) == (self._kinds[int(handle)], 0)
+        if kind == _HANDLE_TYPE.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR:
+            return os.dup(self._descriptors[int(handle)])
+        exported = cuda.CUmemFabricHandle()
+        exported.data = f"allocation {int(handle)}".encode().ljust(64, b"\0")
+        return exported
 
-    def cuMemImportFromShareableHandle(self, descriptor: int, kind: Any) -> Any:
-        assert kind == cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        return self._allocation(os.dup(descriptor))
+    def cuMemImportFromShareableHandle(self, shared: int, kind: Any) -> Any:
+        if kind == _HANDLE_TYPE.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR:
+            return self._allocation(os.dup(shared))
+        assert kind == _HANDLE_TYPE.CU_MEM_HANDLE_TYPE_FABRIC
+        told = ctypes.string_at(shared, 64).rstrip(b"\0").decode()
+        return self._allocation(os.dup(self._descriptors[int(told.removeprefix("allocation "))]))
 
     def cuMemAddressReserve(self, size: int, alignment: int, address: int, flags: int) -> Any:
         assert (alignment, address, flags) == (0, 0, 0)

@@ -1,6 +1,8 @@
 """The protocol's costs, written from docs/architecture.md and not from the code that incurs them."""
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
@@ -32,14 +34,11 @@ def row_bytes(config: AllToAllConfig) -> tuple[int, int]:
 
 
 def _pair(rows: int, row_bytes: int, chunk_bytes: int, nics: int) -> Wire:
-    """Return what a pair costs: chunks of equal numbers of rows, at least one per NIC if rows suffice."""
+    """Return what a pair costs: as many chunks as its bytes are nearest to; one per NIC, none empty."""
     if rows == 0:
         return Wire(writes=1)
-    chunks = 1
-    while -(-rows // chunks) > 1 and (-(-rows // chunks) * row_bytes > chunk_bytes or chunks < nics):
-        chunks += 1
-    rows_per_chunk = -(-rows // chunks)
-    return Wire(-(-rows // rows_per_chunk), rows * row_bytes, rows)
+    nearest = math.floor(Fraction(rows * row_bytes, chunk_bytes) + Fraction(1, 2))
+    return Wire(min(rows, max(nearest, nics)), rows * row_bytes, rows)
 
 
 def wire_of(

@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from process_world import ProcessWorld, run_body
 
+from vllm_efa_ep.bootstrap.run import Run
 from vllm_efa_ep.bootstrap.store import StoreBootstrap
+
+RUN = Run("test", bytes(32))
 
 
 def _main(
@@ -16,7 +19,7 @@ def _main(
 ) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    run_body(line, StoreBootstrap(store, "test", rank, size), body, arguments)
+    run_body(line, StoreBootstrap(store, RUN, rank, size), body, arguments)
 
 
 class StoreWorld(ProcessWorld):

@@ -10,18 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from bench_documents import document
+from process_world import Rank, run_processes
 from thread_world import run_ranks
 
 from vllm_efa_ep.bench import results
 from vllm_efa_ep.bench.compare import caveats, compare
+from vllm_efa_ep.bench.contestants.allgather import NcclAllGather
+from vllm_efa_ep.bench.contestants.alltoall import NcclAllToAll
+from vllm_efa_ep.bench.contestants.contestant import Workplace
 from vllm_efa_ep.bench.launch import RanksFailedError, run_local
-from vllm_efa_ep.bench.measure import Effort, Timings
+from vllm_efa_ep.bench.measure import Effort, Timings, compete
 from vllm_efa_ep.bench.member import measure_with
 from vllm_efa_ep.bench.plan import Plan
 from vllm_efa_ep.bench.problem import Cell, Problem, WrongResultError
 from vllm_efa_ep.bench.report import report
 from vllm_efa_ep.cli import main
+from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError
 
 PLAN = Plan((256,), ("bf16", "fp8"), (1, 7), 16, 4, (), Effort(1, 3, 3, 0.0), 1, 1)
@@ -86,6 +92,9 @@ def test_a_plan_survives_the_way_to_its_ranks() -> None:
     [
         ({"against": ("nccl",)}, "gloo-agrs"),
         ({"dtypes": ("int4",)}, "fp8"),
+        ({"device": "tpu"}, "cuda"),
+        ({"against": ("nccl-a2a",)}, "nccl-a2a moves rows in GPU memory only, .* give --device cuda"),
+        ({"against": ("gloo-agrs",), "device": "cuda"}, "gloo-agrs moves rows in CPU memory only"),
         ({"effort": Effort(0, 0, 0, 0.0)}, "at least one"),
     ],
 )
@@ -179,6 +188,37 @@ def test_a_machine_with_gpus_measures_the_tensors_that_there_are(monkeypatch: py
     plan = replace(PLAN, tokens=(2,), dtypes=("bf16",))
     (found,), _ = run_ranks(2, lambda bootstrap: measure_with(bootstrap, plan.to_json()))
     assert len(found["contestants"]["ours"]["rounds_us"]) == 3
+
+
+def test_without_a_gpu_nccl_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command, before it starts anything, and by a rank that another launcher has started."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has GPUs; the test is about one that has none")
+    assert main(["bench", "--device", "cuda", "--against", "nccl-agrs,nccl-a2a"]) == 2
+    assert "needs an NVIDIA GPU" in (refused := capsys.readouterr().err)
+    assert "leave out --device and the contestants on NCCL" in refused
+    plan = replace(PLAN, device="cuda")
+    with pytest.raises(ConfigurationError, match="needs an NVIDIA GPU"):
+        run_ranks(2, lambda bootstrap: measure_with(bootstrap, plan.to_json()))
+
+
+def _compete_on_nccl(rank: Rank) -> list[str]:
+    """Check and time the contestants on NCCL, for which gloo has to do here."""
+    bootstrap = rank.bootstrap
+    workplace = Workplace(bootstrap, Settings(), {"nccl": dist.group.WORLD})
+    problem = Problem(replace(CELL, world=2, ranks_per_node=1), bootstrap.rank, seed=1)
+    kinds = (NcclAllGather, NcclAllToAll)
+    timings, _ = compete(problem, kinds, workplace, lambda: bootstrap.all_gather(b""), PLAN.effort)
+    return list(timings)
+
+
+def test_contestants_on_nccl_are_right_on_any_backend() -> None:
+    """They have no code of their own, and take the process group that is named after them."""
+    assert run_processes(2, _compete_on_nccl) == [["nccl_allgather", "nccl_alltoall"]] * 2
+    workplace = Workplace(bootstrap=None, settings=Settings(), groups={"gloo": None})  # type: ignore[arg-type, dict-item]
+    for kind in (NcclAllGather, NcclAllToAll):
+        with pytest.raises(ConfigurationError, match="the contestants on nccl need a torch process group"):
+            kind(Problem(CELL, 0, seed=1), workplace)
 
 
 def test_a_rank_that_fails_fails_the_run() -> None:

@@ -5,13 +5,14 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from vllm_efa_ep.bootstrap import coordinator as coordinator_module
 from vllm_efa_ep.bootstrap.coordinator import Coordinator, Ticket, digest_of
 from vllm_efa_ep.bootstrap.ray import check_same
 from vllm_efa_ep.bootstrap.run import Run, new_token
 from vllm_efa_ep.errors import ConfigurationError, MembershipError, RankLostError, RankTimeoutError
 
 _RUN = Run.new()
-_LEASE_S = 0.2
+_SOON_S = 0.1
 _LONG_S = 60.0
 
 
@@ -25,8 +26,14 @@ class _Ended:
         self.event.set()
 
 
-def _coordinator(size: int, lease_s: float = _LONG_S, end: Callable[[], None] = lambda: None) -> Coordinator:
-    return Coordinator(_RUN.name, size, digest_of(_RUN.token), end, lease_s)
+def _coordinator(
+    size: int, host_timeout_s: float = _LONG_S, end: Callable[[], None] = lambda: None
+) -> Coordinator:
+    """Return a coordinator to which all members are connected."""
+    coordinator = Coordinator(_RUN.name, size, digest_of(_RUN.token), end, host_timeout_s)
+    for rank in range(size):
+        coordinator.arrived(f"member {rank}")
+    return coordinator
 
 
 def _ticket(rank: int, token: bytes = _RUN.token, member: str = "") -> Ticket:
@@ -86,7 +93,7 @@ def test_strangers_are_refused_by_name_and_change_nothing(caplog: pytest.LogCapt
                 coordinator.publish(stranger, "key", "wrong"),
                 coordinator.publish_once(stranger, "other", "wrong"),
                 coordinator.lookup(stranger, "key"),
-                coordinator.renew(stranger),
+                coordinator.join(stranger),
                 coordinator.leave(stranger),
             ):
                 with pytest.raises(MembershipError, match=f"a stranger is not a member of run {_RUN.name}"):
@@ -133,9 +140,11 @@ def test_a_rank_that_leaves_or_is_gone_ends_the_wait_for_it() -> None:
         with pytest.raises(RankLostError, match=r"rank 1 \(process 1\) has left") as caught:
             await waiting
         assert caught.value.rank == 1
-        coordinator = _coordinator(2, _LEASE_S)
-        await coordinator.renew(_ticket(1))
+        coordinator = _coordinator(2)
+        await coordinator.join(_ticket(1))
         waiting = asyncio.ensure_future(coordinator.gather(_ticket(0), 0, b"", _LONG_S))
+        await asyncio.sleep(0)
+        coordinator.departed("member 1")
         with pytest.raises(RankLostError, match=r"rank 1 \(process 1\) is gone"):
             await waiting
 
@@ -143,38 +152,59 @@ def test_a_rank_that_leaves_or_is_gone_ends_the_wait_for_it() -> None:
 
 
 def test_two_processes_that_claim_one_rank() -> None:
-    """While both live it is a mistake; the second takes the place of one that is gone."""
-
-    async def keep_alive(coordinator: Coordinator) -> None:
-        while True:
-            await coordinator.renew(_ticket(0))
-            await asyncio.sleep(_LEASE_S / 8)
+    """While both live it is a mistake; the second takes the place of one that is gone, as soon as it is."""
 
     async def test() -> None:
-        coordinator = _coordinator(1, _LEASE_S)
-        first = asyncio.ensure_future(keep_alive(coordinator))
-        await asyncio.sleep(0)
+        coordinator = _coordinator(1, host_timeout_s=_SOON_S)
+        await coordinator.join(_ticket(0))
+        coordinator.arrived("second")
         with pytest.raises(ConfigurationError, match="process 0 and process 0 both claim rank 0"):
-            await coordinator.gather(_ticket(0, member="second"), 0, b"", _LONG_S)
-        first.cancel()
-        assert await coordinator.gather(_ticket(0, member="third"), 0, b"mine", _LONG_S) == [b"mine"]
+            await coordinator.join(_ticket(0, member="second"))
+        coordinator = _coordinator(1)
+        await coordinator.join(_ticket(0))
+        coordinator.arrived("third")
+        waiting = asyncio.ensure_future(coordinator.gather(_ticket(0, member="third"), 0, b"mine", _LONG_S))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        coordinator.departed("member 0")
+        assert await waiting == [b"mine"]
 
     _run(test)
 
 
-@pytest.mark.parametrize("in_order", [True, False])
-def test_it_ends_when_nobody_is_left(in_order: bool) -> None:
-    """The members have left, or are gone; one is not enough."""
+def test_a_member_that_connects_again_is_as_before() -> None:
+    """Without a connection its requests are refused; a second one that came in time stands for the first."""
+
+    async def test() -> None:
+        coordinator = _coordinator(1)
+        await coordinator.join(_ticket(0))
+        coordinator.departed("member 0")
+        with pytest.raises(RankLostError, match="process 0 has lost its connection"):
+            await coordinator.lookup(_ticket(0), "key")
+        coordinator.arrived("member 0")
+        assert await coordinator.lookup(_ticket(0), "key") is None
+        coordinator.arrived("member 0")
+        coordinator.departed("member 0")
+        assert await coordinator.lookup(_ticket(0), "key") is None
+
+    _run(test)
+
+
+def test_it_ends_when_nobody_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is not enough, and neither is a moment without anybody."""
+    monkeypatch.setattr(coordinator_module, "_PATIENCE_S", 0.0)
 
     async def test() -> None:
         ended = _Ended()
-        coordinator = _coordinator(2, _LONG_S if in_order else _LEASE_S, ended)
-        await coordinator.renew(_ticket(0))
-        await coordinator.renew(_ticket(1))
-        if in_order:
-            await coordinator.leave(_ticket(0))
-            assert not ended.event.is_set()
-            await coordinator.leave(_ticket(1))
+        coordinator = _coordinator(2, end=ended)
+        coordinator.departed("member 0")
+        coordinator.departed("member 1")
+        coordinator.arrived("member 1")
+        looked = asyncio.Event()
+        asyncio.get_running_loop().call_later(_SOON_S, looked.set)
+        await looked.wait()  # after the looks that the ends have scheduled
+        assert not ended.event.is_set()
+        coordinator.departed("member 1")
         await ended.event.wait()
 
     _run(test)

@@ -14,8 +14,9 @@ from fake_driver import FakeDriver
 from vllm_efa_ep.bootstrap.descriptors import DescriptorExchange
 from vllm_efa_ep.cuda.arena import DeviceArena
 from vllm_efa_ep.cuda.driver import open_gpu, require_rdma
+from vllm_efa_ep.cuda.kept_memory import KeptMemory
 from vllm_efa_ep.cuda.memory import DeviceMemory, PinnedMemory
-from vllm_efa_ep.errors import CudaError, DeviceUnavailableError
+from vllm_efa_ep.errors import ConfigurationError, CudaError, DeviceUnavailableError
 
 RESULT = cuda.CUresult
 ATTRIBUTE = cuda.CUdevice_attribute
@@ -58,6 +59,52 @@ def test_a_mapped_arena_is_the_same_memory(driver: FakeDriver) -> None:
     assert ctypes.string_at(peer.address + 4096, 11) == b"over the fd"
     own.close()
     assert ctypes.string_at(peer.address + 4096, 11) == b"over the fd"
+    peer.close()
+    assert not driver.live
+
+
+def test_a_fabric_handle_is_the_same_memory(driver: FakeDriver) -> None:
+    """64 bytes, which any channel carries to any host of the NVLink domain; there is no descriptor."""
+    gpu = open_gpu(0)
+    own = DeviceArena.create(gpu, 2 << 20, fabric=True)
+    assert own.descriptor == -1
+    assert len(own.fabric_handle) == 64
+    peer = DeviceArena.map(gpu, own.fabric_handle, own.bytes)
+    assert peer.fabric_handle == b""
+    ctypes.memmove(own.address, b"over NVLink", 11)
+    assert ctypes.string_at(peer.address, 11) == b"over NVLink"
+    with pytest.raises(ConfigurationError, match="fabric handle of 3 bytes"):
+        DeviceArena.map(gpu, b"abc", own.bytes)
+    own.close()
+    peer.close()
+    assert not driver.live
+
+
+def test_a_gpu_outside_of_a_domain_has_no_fabric_handles(driver: FakeDriver) -> None:
+    """The same without the right to an IMEX channel: the error names it."""
+    gpu = open_gpu(0)
+    driver.refuse("cuMemCreate", RESULT.CUDA_ERROR_NOT_PERMITTED)
+    with pytest.raises(CudaError, match="IMEX channel"):
+        DeviceArena.create(gpu, 2 << 20, fabric=True)
+    driver.attributes[ATTRIBUTE.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED] = 0
+    with pytest.raises(DeviceUnavailableError, match="EFA_EP_GPU_HANDLES=descriptor"):
+        DeviceArena.create(gpu, 2 << 20, fabric=True)
+
+
+def test_the_next_arena_takes_the_place_of_the_last(driver: FakeDriver) -> None:
+    """What a captured graph, or a tensor of the last one, refers to is the new memory; peers keep the old."""
+    gpu, kept = open_gpu(0), KeptMemory()
+    last = kept.arena(gpu, 2 << 20, fabric=False)
+    address = last.address
+    peer = DeviceArena.map(gpu, last.descriptor, last.bytes)
+    ctypes.memmove(address, b"last", 4)
+    following = kept.arena(gpu, 2 << 20, fabric=False)
+    assert following.address == address
+    assert ctypes.string_at(address, 4) == bytes(4)
+    ctypes.memmove(peer.address, b"late", 4)
+    assert ctypes.string_at(address, 4) == bytes(4)
+    kept.close()
+    del last, following
     peer.close()
     assert not driver.live
 

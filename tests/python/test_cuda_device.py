@@ -112,9 +112,9 @@ def test_halves_out_of_turn_and_arguments_out_of_range_are_refused(host: Host) -
         with pytest.raises(ConfigurationError, match="came out of turn on channel 0"):
             call()
     with pytest.raises(ConfigurationError, match="channel 1 does not exist"):
-        host.device.dispatch_send(1, 0, 0, 0, 0, 0, False, 0, 1)
+        host.device.dispatch_send(1, 0, 0, 0, 0, 0, False, 0, 1, 0)
     with pytest.raises(ConfigurationError, match="may dispatch 12 tokens, not 13"):
-        host.device.dispatch_send(0, 0, 0, 0, 0, 0, False, 0, 13)
+        host.device.dispatch_send(0, 0, 0, 0, 0, 0, False, 0, 13, 0)
 
 
 @pytest.mark.parametrize(
@@ -146,4 +146,4 @@ def test_a_launch_without_a_gpu_is_a_cuda_error(host: Host) -> None:
         pytest.skip("this machine has a GPU")
     host.device.use_workspace(1 << 20)
     with pytest.raises(CudaError, match=r"driver is missing|no CUDA kernels"):
-        host.device.dispatch_send(0, 0, 0, 16, 0, 0, False, 0, 1)
+        host.device.dispatch_send(0, 0, 0, 16, 0, 0, False, 0, 1, 0)

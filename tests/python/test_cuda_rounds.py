@@ -18,9 +18,7 @@ def newest_libfabric() -> str:
     return str(Path(found.locate()).resolve())
 
 
-@pytest.mark.parametrize("signals", ["pinned", "gdrcopy"])
-def test_rounds_match_the_oracle(signals: str) -> None:
-    """Host memory, registration, proxy, bindings and kernels together give what the CPU's halves give."""
+def _run(program: str, *arguments: str) -> None:
     module, provider = BUILD / "cpp-plain", BUILD / "cpp-plain/efaemu"
     if not list(module.glob("_core*.so")) or not provider.exists():
         pytest.skip("`make test` builds the kernels for fibers, and efaemu")
@@ -28,5 +26,16 @@ def test_rounds_match_the_oracle(signals: str) -> None:
         "FI_PROVIDER_PATH": str(provider),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/python")]),
     }
-    command = [sys.executable, str(ROOT / "tests/python/cuda_on_fibers.py"), str(module)]
-    subprocess.run([*command, newest_libfabric(), signals], env=environment, check=True, timeout=120)
+    command = [sys.executable, str(ROOT / "tests/python" / program), str(module), newest_libfabric()]
+    subprocess.run([*command, *arguments], env=environment, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("signals", ["pinned", "gdrcopy"])
+def test_rounds_match_the_oracle(signals: str) -> None:
+    """Host memory, registration, proxy, bindings and kernels together give what the CPU's halves give."""
+    _run("cuda_on_fibers.py", signals)
+
+
+def test_a_captured_round_outlives_the_loss_of_a_rank() -> None:
+    """The same graph is replayed before, without the rank, and after its return; a half is launches only."""
+    _run("graphs_on_fibers.py")

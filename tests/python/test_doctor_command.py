@@ -21,6 +21,7 @@ from vllm_efa_ep.doctor.system import this_system
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 300
+_FILE = ["--token-file", "none"]
 
 
 def start(*options: str) -> "subprocess.Popen[str]":
@@ -31,12 +32,15 @@ def start(*options: str) -> "subprocess.Popen[str]":
     )
 
 
-def test_two_nodes_of_this_machine_are_told_the_truth() -> None:
+def test_two_nodes_of_this_machine_are_told_the_truth(tmp_path: Path) -> None:
     """No EFA and no GPU here: the CPU device over TCP, exit status 0; and both write to each other."""
     if efa_devices(this_system()) or nvidia_gpus(this_system()):
         pytest.skip("this machine has EFA devices or GPUs; the test is about one that has neither")
     meet = f"127.0.0.1:{free_port()}"
-    nodes = [start("--json", "--nodes", "2", "--node", str(node), "--meet", meet) for node in range(2)]
+    secret = tmp_path / "token"
+    secret.write_text("a" * 64)
+    common = ("--json", "--nodes", "2", "--meet", meet, "--token-file", str(secret))
+    nodes = [start(*common, "--node", str(node)) for node in range(2)]
     try:
         outputs = [node.communicate(timeout=DEADLINE_S) for node in nodes]
     finally:
@@ -62,10 +66,12 @@ def test_two_nodes_of_this_machine_are_told_the_truth() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--nodes", "2"], "--nodes, --node and --meet belong together"),
+        (["--nodes", "2"], "--nodes, --node, --meet and --token-file belong together"),
         (["--ray", "--nodes", "2"], "leave out --nodes"),
-        (["--nodes", "2", "--node", "2", "--meet", "localhost:1"], "--node 2 is not one of 0 to 1"),
-        (["--nodes", "1", "--node", "0", "--meet", "localhost"], "is no HOST:PORT"),
+        (["--nodes", "2", "--node", "2", "--meet", "localhost:1", *_FILE], "--node 2 is not one of 0 to 1"),
+        (["--nodes", "1", "--node", "0", "--meet", "localhost", *_FILE], "is no HOST:PORT"),
+        (["--nodes", "1", "--node", "0", "--meet", "localhost:1", *_FILE], "none: No such file"),
+        (["--nodes", "1", "--node", "0", "--meet", "localhost:1", "--token-file", "/dev/null"], "0 bytes"),
         (["--timeout", "0"], "--timeout 0 is too short"),
     ],
 )

@@ -10,6 +10,7 @@ from recorded_machines import good_machine
 from thread_world import ThreadBootstrap, outcomes_of_ranks, run_ranks, settings_of
 
 from vllm_efa_ep.bootstrap import Bootstrap
+from vllm_efa_ep.bootstrap.run import Run
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.doctor.check import Status
 from vllm_efa_ep.doctor.checks import CHECKS
@@ -20,6 +21,7 @@ from vllm_efa_ep.doctor.cluster.pairs import Link, judge_pairs, measure_pairs, r
 from vllm_efa_ep.doctor.examination import examine
 from vllm_efa_ep.errors import ConfigurationError
 
+_RUN = Run("doctor", bytes(32))
 HOSTS = ["alpha", "beta", "gamma", "delta"]
 
 
@@ -138,7 +140,7 @@ def test_nodes_meet_without_ray() -> None:
     payloads = [bytes([node]) * 1000 for node in range(3)]
 
     def body(threads: Bootstrap) -> list[bytes]:
-        with Meeting("127.0.0.1", port, threads.rank, 3, timeout_s=30.0) as meeting:
+        with Meeting("127.0.0.1", port, threads.rank, 3, _RUN, timeout_s=30.0) as meeting:
             return meeting.bootstrap.all_gather(payloads[threads.rank])
 
     assert run_ranks(3, body) == [payloads] * 3
@@ -147,6 +149,6 @@ def test_nodes_meet_without_ray() -> None:
 def test_a_node_that_does_not_come_is_an_error_with_a_remedy() -> None:
     """Within the deadline, not for ever."""
     port = free_port()
-    ended = outcomes_of_ranks(1, lambda _: Meeting("127.0.0.1", port, 0, 2, timeout_s=1.0))
+    ended = outcomes_of_ranks(1, lambda _: Meeting("127.0.0.1", port, 0, 2, _RUN, timeout_s=1.0))
     assert isinstance(ended[0].error, ConfigurationError)
     assert "--node 0 to 1" in str(ended[0].error)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from process_world import DEADLINE_S, ProcessWorld, Rank
-from thread_world import settings_of
+from thread_world import ThreadBootstrap, outcomes_of_ranks, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig
-from vllm_efa_ep.errors import EfaEpError
+from vllm_efa_ep.errors import EfaEpError, RankTimeoutError
 
 _ROW = 1024  # float32 columns, so that a row is a page
 _TOKENS = 8
@@ -274,3 +274,24 @@ def test_a_signal_ends_a_wait_before_its_deadline() -> None:
         assert note.endswith("for rank 1")
         assert f"interrupted by KeyboardInterrupt: {note}" == ended.value["refused"]
         assert world.exit_codes([0]) == [0]
+
+
+def test_a_failure_can_be_asked_for() -> None:
+    """Whoever did not call the half that failed still learns of it, and gets its error."""
+
+    def body(bootstrap: ThreadBootstrap) -> None:
+        settings = settings_of(2, timeout_s=1.0)
+        with AllToAll(AllToAllConfig(64, 4, 2, 4, device="cpu"), bootstrap, settings) as all_to_all:
+            assert not all_to_all.fault().item()
+            all_to_all.raise_fault()
+            if bootstrap.rank == 0:
+                with pytest.raises(RankTimeoutError):
+                    all_to_all.dispatch(
+                        torch.ones(1, 64).bfloat16(), torch.tensor([[0, 3]]), torch.ones(1, 2)
+                    )
+                assert all_to_all.fault().item()
+                with pytest.raises(RankTimeoutError, match="dispatch_recv of round 1"):
+                    all_to_all.raise_fault()
+
+    for outcome in outcomes_of_ranks(2, body):
+        outcome.get()

@@ -19,6 +19,7 @@ _LATE_ANSWER = """
 import atexit, sys, time
 from torch._C._distributed_c10d import TCPStore
 from vllm_efa_ep.bootstrap import store
+from vllm_efa_ep.bootstrap.run import Run
 from vllm_efa_ep.errors import EfaEpError
 
 class Late:
@@ -27,10 +28,11 @@ class Late:
 
 sys.modules["late"] = Late()  # goes when the interpreter does
 shared = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False, wait_for_workers=False)
-bootstrap = store.StoreBootstrap(shared, "test", 0, 2)
+bootstrap = store.StoreBootstrap(shared, Run("test", bytes(32)), 0, 2)
 answer_seconds, store._ANSWER_SECONDS = store._ANSWER_SECONDS, 0.1
 try:
-    bootstrap._ask(lambda: shared.get("later"))
+    bootstrap._keys.lookup = lambda key: shared.get(key)
+    bootstrap.lookup("later")
 except EfaEpError as error:
     print(error, flush=True)
 store._ANSWER_SECONDS = answer_seconds

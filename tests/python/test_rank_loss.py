@@ -18,7 +18,13 @@ from test_failure import Victim
 from thread_world import settings_of
 
 from vllm_efa_ep import AllToAll, Handle, generation
-from vllm_efa_ep.errors import ConfigurationError, EfaEpError, RankLostError, TransportError
+from vllm_efa_ep.errors import (
+    ConfigurationError,
+    RankLostError,
+    RankTimeoutError,
+    StoreLostError,
+    TransportError,
+)
 
 _HALVES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 _NEVER_S = 100 * DEADLINE_S  # a deadline for those who must not need one
@@ -182,30 +188,31 @@ def test_the_others_go_on_wherever_a_rank_dies(
         _check(Loss(nodes, ranks_per_node, (victim,), half, inside, changes={"channels": 1 + victim % 2}))
 
 
-def _lose_the_store(rank: Rank) -> str:
-    settings = settings_of(1, timeout_s=_NEVER_S)
+def _lose_the_store(rank: Rank, frozen: bool) -> str:
+    settings = settings_of(1, timeout_s=_SOON_S if frozen else _NEVER_S)
     all_to_all = AllToAll(config_of(3), rank.bootstrap, settings)
     play(all_to_all, 1, seed=0)
     rank.tell("ready")
     if all_to_all.rank == 0:
         threading.Event().wait()
-    with pytest.raises(RankLostError):
+    with pytest.raises(RankTimeoutError if frozen else RankLostError):
         play(all_to_all, 2, seed=1)
-    with pytest.raises(EfaEpError) as failed:
+    with pytest.raises(StoreLostError) as failed:
         all_to_all.mask()
-    with pytest.raises(EfaEpError) as again:
+    with pytest.raises(StoreLostError) as again:
         play(all_to_all, 1, seed=2)
     assert again.value is failed.value
     all_to_all.close()
     return str(failed.value)
 
 
-def test_without_the_store_there_is_an_error_and_no_mask() -> None:
-    """The store that torchrun puts into rank 0 dies with it."""
-    with ProcessWorld(3, _lose_the_store) as world:
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "frozen"])
+def test_without_the_store_there_is_an_error_and_no_mask(fault: signal.Signals) -> None:
+    """The store that torch puts into rank 0 dies or freezes with it. Nobody waits for it for ever."""
+    with ProcessWorld(3, _lose_the_store, fault == signal.SIGSTOP) as world:
         for rank in range(3):
             world.hear(rank, "ready")
-        world.signal(0, signal.SIGKILL)
+        world.signal(0, fault)
         for rank in (1, 2):
             ended = world.ended(rank)
             assert ended.error is None, ended.message

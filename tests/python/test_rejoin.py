@@ -11,6 +11,8 @@ from store_world import StoreWorld
 from thread_world import settings_of
 
 from vllm_efa_ep import AllToAll
+from vllm_efa_ep.bootstrap.run import Run
+from vllm_efa_ep.bootstrap.store import StoreBootstrap
 from vllm_efa_ep.errors import (
     ConfigurationError,
     EfaEpError,
@@ -139,7 +141,7 @@ def _return(rank: Rank, ranks_per_node: int) -> dict[str, Any]:
 def test_a_new_process_takes_the_place_of_a_lost_one(
     size: int, ranks_per_node: int, victims: tuple[int, ...]
 ) -> None:
-    """It needs the store, the name and its rank; the others let it in between two rounds."""
+    """It needs the store, the run and its rank; the others let it in between two rounds."""
     with StoreWorld(size, _lose, ranks_per_node, victims) as world:
         for rank in range(size):
             world.hear(rank, "ready")
@@ -164,7 +166,7 @@ def _refuse(rank: Rank) -> str:
             _start(rank, 1, returning=True)
         return str(failed.value)
     all_to_all = AllToAll(
-        config_of(1), type(rank.bootstrap)(rank.bootstrap._store, "own", 0, 1), settings_of(1)
+        config_of(1), StoreBootstrap(rank.bootstrap._store, Run.new(), 0, 1), settings_of(1)
     )
     assert all_to_all.rejoin() == (0,)
     play_round(all_to_all, 0)

@@ -48,6 +48,16 @@ def test_nodes_divide_the_runs_of_ranks_on_a_host(
         assert {hosts[peer] for peer in world.node_ranks} == {hosts[rank]}
 
 
+@pytest.mark.parametrize(("ranks_per_node", "expected"), [(4, 4), (0, 2)])
+def test_fabric_handles_make_nodes_of_several_hosts(
+    ranks_per_node: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only if somebody says how many ranks: nothing else tells where an NVLink domain ends."""
+    _place_on("aabb", monkeypatch)
+    worlds = run_ranks(4, lambda bootstrap: join_world(bootstrap, {}, ranks_per_node, nodes_span_hosts=True))
+    assert {world.ranks_per_node for world in worlds} == {expected}
+
+
 @pytest.mark.parametrize(
     ("hosts", "ranks_per_node", "divisor"),
     [("aaaa", 3, 4), ("aabb", 4, 2), ("aaaaaaaabbbb", 8, 4), ("ab", 2, 1)],

@@ -1,6 +1,6 @@
-// One rank of a World (tests/cpp/world.h) whose halves are the CUDA kernels, run by the engine. Everything
-// else is the World's: arena, proxy, network. Halves are only queued; check() compares what they wrote, once
-// their streams have been waited for.
+// One rank of a world whose halves are the CUDA kernels, run by the engine. Everything else is the world's:
+// arena, proxy, network. Halves are only queued; check() compares what they wrote, once their streams have
+// been waited for.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -14,12 +14,28 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/device.h"
+#include "cuda/device.h"
 #include "cuda/device_error.h"
 #include "cuda/halves.h"
 #include "engine/simt.h"
-#include "world.h"
+#include "proxy/proxy.h"
+#include "world_plan.h"
 
 namespace efa_ep {
+
+/// Moves chunks from a device's ring to its proxy, and does a piece of that one's work. Returns whether
+/// anything moved. One thread at a time.
+inline bool pump(cuda::DeviceRingReader& ring, Proxy& proxy) {
+  bool moved = false;
+  Command command;
+  while (ring.try_pop(command)) {
+    simt::host_thread_checkpoint();
+    while (!proxy.try_submit(command)) proxy.help();
+    moved = true;
+  }
+  return proxy.help() || moved;
+}
 
 class CudaRank {
  public:
@@ -28,36 +44,40 @@ class CudaRank {
     uint32_t ring_capacity = 64;
     uint64_t timeout_ns = 60'000'000'000;
     bool tokens_on_device = false;
-    cuda::Quantisation quantisation = cuda::Quantisation::kNone;
+    Quantisation quantisation = Quantisation::kNone;
   };
 
-  CudaRank(World& world, uint32_t rank, const Options& options)
-      : world_(world), rank_(rank), options_(options), ring_(options.ring_capacity) {
-    const WorldConfig& config = world.config();
-    const Topology& topology = config.layout.topology;
-    cuda::DeviceConfig device;
-    device.layout = config.layout;
-    device.rank = rank;
-    device.expert_owner = config.expert_owner;
-    device.per_expert = config.per_expert;
-    device.timeout_ns = options.timeout_ns;
-    if (world.proxy(rank) != nullptr) {
-      device.chunk_bytes = world.proxy(rank)->chunk_bytes();
-      device.rails = world.proxy(rank)->rails();
+  /// `arenas` are those of the node's ranks, in order; `proxy` is null if the world has one node. Both
+  /// outlive the rank, and so does `config`.
+  CudaRank(const WorldConfig& config, uint32_t rank, std::vector<std::byte*> arenas, Proxy* proxy,
+           const Options& options)
+      : config_(config),
+        rank_(rank),
+        arena_(arenas.at(config.layout.topology.index_of(rank))),
+        proxy_(proxy),
+        options_(options),
+        ring_(options.ring_capacity) {
+    device_.layout = config.layout;
+    device_.rank = rank;
+    device_.expert_owner = config.expert_owner;
+    device_.per_expert = config.per_expert;
+    device_.timeout_ns = options.timeout_ns;
+    if (proxy != nullptr) {
+      device_.chunk_bytes = proxy->chunk_bytes();
+      device_.rails = proxy->rails();
     }
-    workspace_ = std::make_unique<TestMemory>(cuda::workspace_bytes(device));
+    workspace_ = std::make_unique<TestMemory>(cuda::workspace_bytes(device_));
     cuda::DeviceMemory memory;
-    for (uint32_t index = 0; index < topology.ranks_per_node; ++index) {
-      memory.arenas.push_back(world.arena(topology.rank_at(topology.node_of(rank), index)));
-    }
-    memory.signals = world.arena(rank);
+    memory.arenas = std::move(arenas);
+    memory.signals = arena_;
     memory.workspace = workspace_->data();
     memory.ring = ring_.data();
     memory.ring_tail = &host_.ring_tail;
     memory.ring_capacity = options.ring_capacity;
     memory.error = host_.error;
     memory.stop = &host_.stop;
-    const std::vector<std::byte> image = cuda::workspace_image(device, memory);
+    memory.totals = host_.totals;
+    const std::vector<std::byte> image = cuda::workspace_image(device_, memory);
     std::copy(image.begin(), image.end(), workspace_->data());
     register_memory();
     for (uint32_t channel = 0; channel < config.layout.channels; ++channel) {
@@ -73,27 +93,26 @@ class CudaRank {
   // wants them; outputs lie in memory of exactly their size.
 
   void dispatch_send(uint32_t channel, const RankRound& round) {
-    const WorldConfig& config = world_.config();
     Buffers& b = begin_round(channel, round);
     cuda::DispatchInput input;
     input.x_stride = round.tokens == 0 ? 0 : b.x.size() / round.tokens;
     input.x = b.x.data();
-    if (config.in_place) {
-      const size_t row = config.layout.row.payload_bytes;
-      std::byte* activations = world_.arena(rank_) + cuda::activations(config.layout, channel);
-      then(channel, [&b, activations, row, stride = config.layout.dispatch_row()] {
+    if (config_.in_place) {
+      const size_t row = config_.layout.row.payload_bytes;
+      std::byte* activations = arena_ + cuda::activations(config_.layout, channel);
+      then(channel, [&b, activations, row, stride = config_.layout.dispatch_row()] {
         for (uint32_t token = 0; token < b.round->tokens; ++token) {
           std::copy_n(b.x.data() + token * row, row, activations + token * stride);
         }
       });
       input.x = activations;
-      input.x_stride = config.layout.dispatch_row();
+      input.x_stride = config_.layout.dispatch_row();
     }
     input.scales = b.scales.data();
-    input.ids_are_64_bit = config.ids_are_64_bit;
-    input.ids = config.ids_are_64_bit ? static_cast<void*>(b.wide_ids.data()) : b.narrow_ids.data();
+    input.ids_are_64_bit = config_.ids_are_64_bit;
+    input.ids = config_.ids_are_64_bit ? static_cast<void*>(b.wide_ids.data()) : b.narrow_ids.data();
     input.weights = b.sent_weights.data();
-    input.tokens = options_.tokens_on_device ? 0 : round.tokens;
+    input.tokens = options_.tokens_on_device ? config_.layout.max_tokens : round.tokens;
     if (options_.tokens_on_device) input.tokens_on_device = &b.tokens;
     input.quantisation = options_.quantisation;
     cuda::launch_dispatch_send(launch(channel), input);
@@ -118,17 +137,16 @@ class CudaRank {
   }
 
   void combine_send(uint32_t channel) {
-    const WorldConfig& config = world_.config();
     Buffers& b = buffers(channel);
     const std::byte* rows = b.expert_rows.data();
-    if (config.in_place && !config.per_expert && !config.per_slot) {
-      std::byte* results = world_.arena(rank_) + cuda::results(config.layout, channel);
+    if (config_.in_place && !config_.per_expert && !config_.per_slot) {
+      std::byte* results = arena_ + cuda::results(config_.layout, channel);
       then(channel, [&b, results] { std::copy(b.expert_rows.begin(), b.expert_rows.end(), results); });
       rows = results;
     }
     cuda::launch_combine_send(
         launch(channel),
-        {.rows = rows, .per_slot = config.per_slot, .weights_applied = config.weights_applied});
+        {.rows = rows, .per_slot = config_.per_slot, .weights_applied = config_.weights_applied});
     then(channel, [&b] { std::fill(b.expert_rows.begin(), b.expert_rows.end(), kUntouched); });
   }
 
@@ -155,7 +173,7 @@ class CudaRank {
 
   /// Compares every round since the last check with its plan, bit for bit.
   void check() {
-    const Layout& layout = world_.config().layout;
+    const Layout& layout = config_.layout;
     for (const Buffers& got : rounds_) {
       const testing::ScopedTrace where(__FILE__, __LINE__,
                                        testing::Message() << "rank " << rank_ << ", channel " << got.channel);
@@ -167,28 +185,29 @@ class CudaRank {
       expect_rows("x", got.received_x, want.received_x, layout.row.payload_bytes);
       expect_rows("scales", got.received_scales, want.received_scales, layout.row.scale_bytes);
       expect_rows("out", got.out, want.out, layout.row.combine_bytes);
+      ++counted_.rounds;
+      counted_.tokens += want.tokens;
+      counted_.received_rows += want.rows;
+      counted_.network_rows += want.network_rows;
+      counted_.peer_rows += want.peer_rows;
     }
     rounds_.clear();
+    check_totals();
   }
 
-  /// Moves chunks from the device's ring to the proxy. Called by the world's network thread only.
-  bool pump() {
-    Proxy* proxy = world_.proxy(rank_);
-    if (proxy == nullptr) return false;
-    bool moved = false;
-    Command command;
-    while (reader_.try_pop(command)) {
-      simt::host_thread_checkpoint();
-      while (!proxy->try_submit(command)) proxy->help();
-      moved = true;
-    }
-    return proxy->help() || moved;
-  }
+  /// Called by the world's network thread only.
+  bool pump() { return proxy_ != nullptr && efa_ep::pump(reader_, *proxy_); }
 
   cuda::DeviceError error() const {
     const uint64_t first = std::atomic_ref(host_.error[0]).load(std::memory_order_acquire);
     return cuda::DeviceError::decode({first, host_.error[1]});
   }
+  /// Throws what a caller of the product would get: the proxy's failure, or the kernels'.
+  void throw_if_failed() const {
+    if (proxy_ != nullptr) proxy_->throw_if_failed();
+    if (error().fault != cuda::Fault::kNone) cuda::throw_fault(error(), device_);
+  }
+  /// Ends all waits of its kernels.
   void stop() { std::atomic_ref(host_.stop).store(1, std::memory_order_relaxed); }
 
  private:
@@ -213,6 +232,7 @@ class CudaRank {
     alignas(64) uint64_t ring_tail = 0;
     alignas(64) mutable uint64_t error[2] = {};
     alignas(64) uint32_t stop = 0;
+    alignas(64) cuda::ChannelTotals totals[kMaxChannels] = {};
   };
 
   /// Something that happens in stream order, as a kernel of the caller would.
@@ -246,13 +266,12 @@ class CudaRank {
   }
 
   cuda::HalfLaunch launch(uint32_t channel) const {
-    const WorldConfig& config = world_.config();
     return {.state = reinterpret_cast<const cuda::DeviceState*>(workspace_->data()),
             .channel = channel,
-            .nodes = config.layout.topology.nodes(),
-            .ranks_per_node = config.layout.topology.ranks_per_node,
-            .combine_type = config.combine_type,
-            .per_expert = config.per_expert,
+            .nodes = config_.layout.topology.nodes(),
+            .ranks_per_node = config_.layout.topology.ranks_per_node,
+            .combine_type = config_.combine_type,
+            .per_expert = config_.per_expert,
             .num_sms = options_.num_sms,
             .stream = reinterpret_cast<cuda::Stream>(streams_[channel])};
   }
@@ -261,19 +280,34 @@ class CudaRank {
   void register_memory() {
     const auto device = static_cast<int>(rank_);
     simt::register_range(workspace_->data(), workspace_->bytes(), simt::MemoryKind::device, device);
-    const Layout& layout = world_.config().layout;
-    std::byte* arena = world_.arena(rank_);
+    const Layout& layout = config_.layout;
     // What the proxy and the ranks of the node write, and kernels of this rank wait for
-    simt::register_range(arena, layout.signal_bytes(), simt::MemoryKind::written_by_others, device);
+    simt::register_range(arena_, layout.signal_bytes(), simt::MemoryKind::written_by_others, device);
     for (uint32_t channel = 0; channel < layout.channels; ++channel) {
       const size_t flags = layout.section_offset(channel, Section::kDispatchFlags);
-      simt::register_range(arena + flags, layout.section_offset(channel, Section::kRowLists) - flags,
+      simt::register_range(arena_ + flags, layout.section_offset(channel, Section::kRowLists) - flags,
                            simt::MemoryKind::written_by_others, device);
     }
-    simt::register_range(arena, layout.total_bytes(), simt::MemoryKind::device, device);
+    simt::register_range(arena_, layout.total_bytes(), simt::MemoryKind::device, device);
     simt::register_range(&host_, sizeof host_, simt::MemoryKind::host, device);
     simt::register_range(ring_.data(), ring_.size() * sizeof(cuda::RingEntry), simt::MemoryKind::host,
                          device);
+  }
+
+  void check_totals() const {
+    cuda::ChannelTotals told;
+    for (const cuda::ChannelTotals& channel : host_.totals) {
+      told.rounds += channel.rounds;
+      told.tokens += channel.tokens;
+      told.received_rows += channel.received_rows;
+      told.network_rows += channel.network_rows;
+      told.peer_rows += channel.peer_rows;
+    }
+    EXPECT_EQ(told.rounds, counted_.rounds);
+    EXPECT_EQ(told.tokens, counted_.tokens);
+    EXPECT_EQ(told.received_rows, counted_.received_rows);
+    EXPECT_EQ(told.network_rows, counted_.network_rows);
+    EXPECT_EQ(told.peer_rows, counted_.peer_rows);
   }
 
   static void expect_rows(const std::string& name, const Bytes& got, const Bytes& want, size_t row_bytes) {
@@ -286,15 +320,19 @@ class CudaRank {
                   << static_cast<int>(*first) << " instead of " << static_cast<int>(*other);
   }
 
-  World& world_;
+  const WorldConfig& config_;
   const uint32_t rank_;
+  std::byte* const arena_;
+  Proxy* const proxy_;
   const Options options_;
+  cuda::DeviceConfig device_;
   std::unique_ptr<TestMemory> workspace_;
   std::vector<cuda::RingEntry> ring_;
   HostWords host_;
   cuda::DeviceRingReader reader_{ring_.data(), &host_.ring_tail, options_.ring_capacity};
   std::vector<simt::stream_t> streams_;
   std::deque<Buffers> rounds_;
+  cuda::ChannelTotals counted_;  // in all rounds that were checked
 };
 
 }  // namespace efa_ep

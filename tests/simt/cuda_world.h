@@ -27,7 +27,7 @@ class CudaWorld {
       const std::function<bool(uint32_t)>& is_cuda = [](uint32_t) { return true; })
       : world_(config) {
     for (uint32_t rank = 0; rank < config.world(); ++rank) {
-      ranks_.push_back(is_cuda(rank) ? std::make_unique<CudaRank>(world_, rank, options) : nullptr);
+      ranks_.push_back(is_cuda(rank) ? make_rank(rank, options) : nullptr);
     }
     network_ = std::thread([this] {
       while (!stop_.load(std::memory_order_relaxed)) {
@@ -66,6 +66,15 @@ class CudaWorld {
   }
 
  private:
+  std::unique_ptr<CudaRank> make_rank(uint32_t rank, const CudaRank::Options& options) {
+    const Topology& topology = world_.config().layout.topology;
+    std::vector<std::byte*> arenas;
+    for (uint32_t index = 0; index < topology.ranks_per_node; ++index) {
+      arenas.push_back(world_.arena(topology.rank_at(topology.node_of(rank), index)));
+    }
+    return std::make_unique<CudaRank>(world_.config(), rank, arenas, world_.proxy(rank), options);
+  }
+
   static void expect_no_fault(const cuda::DeviceError& error) {
     EXPECT_EQ(error.fault, cuda::Fault::kNone)
         << "in half " << static_cast<int>(error.half) << " of round " << error.round << ", channel "

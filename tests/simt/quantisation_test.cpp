@@ -7,6 +7,8 @@
 #include <cstring>
 #include <random>
 
+#include "cpu/quantise.h"
+#include "cuda/quantise.cuh"
 #include "cuda_world.h"
 #include "test_environment.h"
 
@@ -55,10 +57,21 @@ void quantise(const std::vector<float>& values, bool power_of_2, std::byte* code
   }
 }
 
-class Quantisation : public testing::TestWithParam<cuda::Quantisation> {};
+/// What the CPU's device makes of the same row.
+void expect_equal_on_cpu(const std::byte* bf16, Quantisation kind, uint32_t hidden, const std::byte* codes,
+                         const std::byte* scales) {
+  const size_t scale_bytes = hidden / kGroup * (kind == Quantisation::kFp8PowerOf2 ? 1 : 4);
+  Bytes own_codes(hidden);
+  Bytes own_scales(scale_bytes);
+  quantise_row(bf16, hidden, kind, own_codes.data(), own_scales.data());
+  EXPECT_TRUE(std::equal(own_codes.begin(), own_codes.end(), codes));
+  EXPECT_TRUE(std::equal(own_scales.begin(), own_scales.end(), scales));
+}
 
-TEST_P(Quantisation, MakesTheBytesOfTheReference) {
-  const bool power_of_2 = GetParam() == cuda::Quantisation::kFp8PowerOf2;
+class FusedQuantisation : public testing::TestWithParam<Quantisation> {};
+
+TEST_P(FusedQuantisation, MakesTheBytesOfTheReference) {
+  const bool power_of_2 = GetParam() == Quantisation::kFp8PowerOf2;
   constexpr uint32_t kHidden = 9 * kGroup;  // not a whole number of passes of a warp
   WorldConfig config;
   config.layout.topology = {4, 2};
@@ -91,6 +104,9 @@ TEST_P(Quantisation, MakesTheBytesOfTheReference) {
       }
       quantise(values, power_of_2, plan.x.data() + size_t{token} * kHidden,
                plan.scales.data() + size_t{token} * config.layout.row.scale_bytes);
+      expect_equal_on_cpu(inputs[rank].data() + size_t{token} * kHidden * 2, GetParam(), kHidden,
+                          plan.x.data() + size_t{token} * kHidden,
+                          plan.scales.data() + size_t{token} * config.layout.row.scale_bytes);
     }
   });
   for (uint32_t rank = 0; rank < config.world(); ++rank) round[rank].x = inputs[rank];
@@ -99,8 +115,40 @@ TEST_P(Quantisation, MakesTheBytesOfTheReference) {
   CudaWorld(config, options).run({{round}});
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, Quantisation,
-                         testing::Values(cuda::Quantisation::kFp8, cuda::Quantisation::kFp8PowerOf2));
+// Every bf16 number, in groups of several largest ones: the kernels convert with NVIDIA's own functions.
+TEST_P(FusedQuantisation, OfEveryNumberIsEqualOnBothDevices) {
+  constexpr uint32_t kPerGroup = kGroup - 1;
+  constexpr uint32_t kGroups = (1 << 16) / kPerGroup + 1;
+  constexpr uint32_t kValues = kGroups * kGroup;
+  const size_t scale_bytes = kGroups * (GetParam() == Quantisation::kFp8PowerOf2 ? 1 : 4);
+  for (const uint32_t largest :
+       {0x43E0, 0x4380, 0x3F81, 0x0001, 0x7F7F, 0x7F80}) {  // 448, 256, ..., infinity
+    TestMemory row(kValues * 2);
+    for (uint32_t i = 0; i < kValues; ++i) {
+      const uint32_t number = i % kGroup == 0 ? largest : i / kGroup * kPerGroup + i % kGroup - 1;
+      const auto bits = static_cast<uint16_t>(number);
+      std::memcpy(row.data() + i * 2, &bits, sizeof bits);
+    }
+    const TestMemory made(kValues + scale_bytes);
+    const bool power_of_2 = GetParam() == Quantisation::kFp8PowerOf2;
+    const simt::stream_t stream = simt::stream_create(0);
+    simt::launch_raw(
+        stream, dim3(1), dim3(32), 0,
+        [&] {
+          DP_SHARED(cuda::RowList, rows);
+          rows.row[0] = made.data();
+          __syncwarp();
+          (power_of_2 ? cuda::quantise_row<Quantisation::kFp8PowerOf2>
+                      : cuda::quantise_row<Quantisation::kFp8>)(row.data(), rows, 1, 0, kValues, kValues);
+        },
+        "quantise");
+    simt::stream_sync(stream);
+    expect_equal_on_cpu(row.data(), GetParam(), kValues, made.data(), made.data() + kValues);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, FusedQuantisation,
+                         testing::Values(Quantisation::kFp8, Quantisation::kFp8PowerOf2));
 
 }  // namespace
 }  // namespace efa_ep

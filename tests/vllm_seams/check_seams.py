@@ -181,7 +181,14 @@ def check_fault_tolerance() -> None:
     All2AllManagerBase.__init__ = init
     ours = manager.EfaEpAll2AllManager("group", fault_tolerance.is_wanted(parallel_config))
     assert ours.support_fault_tolerance
-    layer = SimpleNamespace(lost=(), failed=False, masks=0, lost_ranks=lambda: layer.lost)
+    layer = SimpleNamespace(
+        lost=(),
+        failed=False,
+        masks=0,
+        lost_ranks=lambda: layer.lost,
+        fault=lambda: torch.tensor(layer.failed),
+        raise_fault=lambda: None,
+    )
 
     def mask() -> None:
         layer.failed = False
@@ -235,7 +242,7 @@ def main() -> None:
     communicators = (seams.CPU_COMMUNICATOR_SEAM, seams.CUDA_COMMUNICATOR_SEAM)
     cpu_seams = (*seams.CPU_MOE_SEAMS, *seams.CPU_RAY_SEAMS, *seams.RAY_ENGINE_SEAMS)
     seams.require([*seams.CONFIG_SEAMS, *communicators, *seams.MOE_SEAMS, *cpu_seams])
-    seams.require(seams.FAULT_TOLERANCE_SEAMS)
+    seams.require([*seams.CUDA_MOE_SEAMS, *seams.FAULT_TOLERANCE_SEAMS])
 
     register()
     check_configuration()

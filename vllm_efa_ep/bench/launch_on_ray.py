@@ -13,4 +13,5 @@ def run_ray(plan: Plan, world: int) -> list[CellResult]:
         EfaEpError: A rank failed; the message names it.
 
     """
-    return run_on_ray(world, measure_with, (plan.to_json(),))[0]
+    gpus = int(plan.device == "cuda")
+    return run_on_ray(world, measure_with, (plan.to_json(),), gpus_per_rank=gpus)[0]

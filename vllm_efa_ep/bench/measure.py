@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vllm_efa_ep.bench.barrier import Barrier
 from vllm_efa_ep.bench.contestants.contestant import Contestant, Scratch, Workplace
@@ -75,11 +76,15 @@ class Timings:
         return microseconds
 
 
-def memory_shortage(cell: Cell, bootstrap: Bootstrap, ranks_on_host: int) -> str:
-    """Collective: return why the cell does not fit into some host's free memory, or nothing."""
+def memory_shortage(cell: Cell, bootstrap: Bootstrap, ranks_on_host: int, device: str = "cpu") -> str:
+    """Collective: return why the cell does not fit into some host's, or GPU's, free memory, or nothing."""
     rows = cell.world * cell.tokens
-    needed = ROWS_IN_MEMORY * ranks_on_host * rows * max(cell.row_bytes, cell.combine_row_bytes)
-    available = available_memory()
+    needed = ROWS_IN_MEMORY * rows * max(cell.row_bytes, cell.combine_row_bytes)
+    if device == "cuda":
+        available = torch.cuda.mem_get_info()[0]
+    else:
+        needed *= ranks_on_host
+        available = available_memory()
     shortage = f"needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
     told = bootstrap.all_gather(shortage.encode() if needed > available else b"")
     return next((each.decode() for each in told if each), "")
@@ -99,7 +104,7 @@ def compete(
     effort: Effort,
 ) -> tuple[dict[str, Timings], dict[str, dict[str, object]]]:
     """Collective: check the contestants, run them in turns; return their timings and environments by name."""
-    workplace.scratch = Scratch()
+    workplace.scratch = Scratch(problem.device)
     contestants = [kind(problem, workplace) for kind in classes]
     for contestant in contestants:
         workplace.scratch.poison()
@@ -148,10 +153,13 @@ def warm_up(contestant: Contestant, barrier: Barrier, rounds: int) -> float:
 def run_round(contestant: Contestant, barrier: Barrier) -> list[int]:
     """Return the nanoseconds of each of this rank's steps; all ranks start together."""
     steps = [getattr(contestant, step) for step in contestant.steps]
+    synchronize = contestant.problem.synchronize
     times = [0] * (len(steps) + 1)
+    synchronize()
     barrier()
     times[0] = time.perf_counter_ns()
     for index, step in enumerate(steps, start=1):
         step()
+        synchronize()
         times[index] = time.perf_counter_ns()
     return [after - before for before, after in pairwise(times)]

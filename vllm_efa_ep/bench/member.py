@@ -39,6 +39,7 @@ def measure_with_torch(plan: Plan, report: Report) -> None:
 
     """
     torch.set_num_threads(1)
+    plan.check_here()
     mpi = None
     if plan.needs_mpi:
         from mpi4py import MPI
@@ -49,7 +50,10 @@ def measure_with_torch(plan: Plan, report: Report) -> None:
     try:
         group = cast(dist.ProcessGroup, dist.group.WORLD)
         settings = settings_of(plan)
-        measure(plan, Workplace(TorchBootstrap(group), settings, group, mpi), report)
+        groups = {"gloo": group}
+        if plan.needs_nccl:
+            groups["nccl"] = dist.new_group(backend="nccl")
+        measure(plan, Workplace(TorchBootstrap(group), settings, groups, mpi), report)
     finally:
         dist.destroy_process_group()
 
@@ -67,6 +71,7 @@ def measure_with(bootstrap: Bootstrap, plan_json: str) -> list[CellResult]:
     """
     torch.set_num_threads(1)
     plan = Plan.from_json(plan_json)
+    plan.check_here()
     found: list[CellResult] = []
     measure(plan, Workplace(bootstrap, settings_of(plan)), found.append)
     return found
@@ -81,15 +86,17 @@ def measure(plan: Plan, workplace: Workplace, report: Report) -> None:
     """Collective: measure every cell of the plan."""
     settings = workplace.settings
     world = join_world(workplace.bootstrap, {"plan": plan.to_json()}, settings.ranks_per_node)
+    if plan.device == "cuda":
+        torch.cuda.set_device(world.rank_on_host % torch.cuda.device_count())
     name, barrier = make_barrier(workplace.bootstrap, world, settings.timeout_s)
     for cell in plan.cells(world.size, world.ranks_per_node):
         cell.check()
         result: CellResult = {"cell": cell.to_json(), "barrier": name}
-        shortage = memory_shortage(cell, workplace.bootstrap, world.ranks_on_host)
+        shortage = memory_shortage(cell, workplace.bootstrap, world.ranks_on_host, plan.device)
         if shortage:
             result["left_out"] = shortage
         else:
-            problem = Problem(cell, world.rank, plan.seed)
+            problem = Problem(cell, world.rank, plan.seed, plan.device)
             timings, environments = compete(problem, plan.contestants(), workplace, barrier, plan.effort)
             result["wire_floor_bytes"] = mean_floor(problem, workplace.bootstrap)
             result["contestants"] = {

@@ -5,16 +5,21 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from vllm_efa_ep.bench.contestants.allgather import GlooAllGather, NcclAllGather
+from vllm_efa_ep.bench.contestants.alltoall import GlooAllToAll, NcclAllToAll
 from vllm_efa_ep.bench.contestants.contestant import Contestant
-from vllm_efa_ep.bench.contestants.gloo_allgather import GlooAllGather
-from vllm_efa_ep.bench.contestants.gloo_alltoall import GlooAllToAll
 from vllm_efa_ep.bench.contestants.ours import Ours, OursElsewhere
 from vllm_efa_ep.bench.measure import Effort
 from vllm_efa_ep.bench.problem import FORMATS, Cell
 from vllm_efa_ep.errors import ConfigurationError
 
-OPPONENTS = ("ordinary-tensors", "gloo-agrs", "gloo-a2a", "mpi")
+OPPONENTS = ("ordinary-tensors", "gloo-agrs", "gloo-a2a", "nccl-agrs", "nccl-a2a", "mpi")
 ON_ANY_BOOTSTRAP = ("ordinary-tensors",)
+DEVICES = ("cpu", "cuda")
+# What these move is in the memory of one device only.
+_ONLY_ON = {"gloo-agrs": "cpu", "gloo-a2a": "cpu", "mpi": "cpu", "nccl-agrs": "cuda", "nccl-a2a": "cuda"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Plan:
         effort: Rounds and iterations of a cell.
         seed: Of the inputs and routes.
         ranks_per_node: As ``EFA_EP_RANKS_PER_NODE``.
+        device: One of ``DEVICES``, where the rows are.
 
     """
 
@@ -43,6 +49,12 @@ class Plan:
     effort: Effort
     seed: int
     ranks_per_node: int
+    device: str = "cpu"
+
+    @property
+    def needs_nccl(self) -> bool:
+        """Whether the ranks need a process group on NCCL."""
+        return any(name.startswith("nccl-") for name in self.against)
 
     @property
     def needs_mpi(self) -> bool:
@@ -63,12 +75,29 @@ class Plan:
         for option, given, known in (
             ("--against", self.against, OPPONENTS),
             ("--dtype", self.dtypes, tuple(FORMATS)),
+            ("--device", (self.device,), DEVICES),
         ):
             for name in given:
                 if name not in known:
                     raise ConfigurationError(f"{option} {name} is unknown; choose from {', '.join(known)}")
+        for name in self.against:
+            if (only := _ONLY_ON.get(name, self.device)) != self.device:
+                raise ConfigurationError(
+                    f"--against {name} moves rows in {'GPU' if only == 'cuda' else 'CPU'} memory only, and "
+                    f"these are measured with --device {self.device}; leave it out, or give --device {only}"
+                )
         if self.effort.fewest < 1 or self.effort.warm_up < 0:
             raise ConfigurationError("there must be at least one iteration, and no fewer than 0 to warm up")
+
+    def check_here(self) -> None:
+        """Raise ``ConfigurationError`` for what this host cannot measure."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            nccl = " and the contestants on NCCL" if self.needs_nccl else ""
+            raise ConfigurationError(
+                f"--device cuda needs an NVIDIA GPU that torch {torch.__version__} can use, and this host "
+                f"has none; run it where `vllm-efa-ep doctor` says that there is one, or leave out "
+                f"--device{nccl}"
+            )
 
     def cells(self, world: int, ranks_per_node: int) -> Iterator[Cell]:
         """Yield the cells of a world."""
@@ -83,6 +112,8 @@ class Plan:
             "ordinary-tensors": OursElsewhere,
             "gloo-agrs": GlooAllGather,
             "gloo-a2a": GlooAllToAll,
+            "nccl-agrs": NcclAllGather,
+            "nccl-a2a": NcclAllToAll,
         }
         if self.needs_mpi:  # mpi4py starts MPI when it is imported
             from vllm_efa_ep.bench.contestants.mpi_alltoallv import MpiAllToAllv

@@ -125,6 +125,7 @@ class Problem:
     The expert outputs are computed here, once, because no contestant's time includes them.
 
     Attributes:
+        device: Where its tensors are.
         inputs: This rank's inputs.
         owners: ``[T, W]`` bool: which ranks own experts of which of this rank's tokens.
         sent_rows: Rows (tokens) from this rank to each rank, itself included.
@@ -135,15 +136,17 @@ class Problem:
 
     """
 
-    def __init__(self, cell: Cell, rank: int, seed: int) -> None:
-        """Build the inputs and expert outputs of ``rank``."""
+    def __init__(self, cell: Cell, rank: int, seed: int, device: str = "cpu") -> None:
+        """Build the inputs and expert outputs of ``rank``; ``"cuda"`` is torch's current GPU."""
+        self.device = torch.device(device)
         self.cell = cell
         self.rank = rank
         self._seed = seed
         self.experts_per_rank = cell.experts // cell.world
         combine = cell.format.combine
-        self.expert_output_of_all = torch.empty(cell.world * cell.tokens, cell.hidden, dtype=combine)
-        routed = torch.empty(cell.world * cell.tokens, dtype=torch.bool)
+        rows_of_all = cell.world * cell.tokens
+        self.expert_output_of_all = torch.empty(rows_of_all, cell.hidden, dtype=combine, device=self.device)
+        routed = torch.empty(rows_of_all, dtype=torch.bool, device=self.device)
         self.received_rows = []
         for source, inputs in self._all_inputs():
             if source == rank:
@@ -156,9 +159,15 @@ class Problem:
             torch.mul(inputs.values().to(combine), weight.to(combine), out=self.expert_output_of_all[rows])
         self.expert_output = self.expert_output_of_all[routed]
         owner_of = (self.inputs.ids // self.experts_per_rank).long()
-        self.owners = torch.zeros(cell.tokens, cell.world, dtype=torch.bool).scatter_(1, owner_of, True)
+        self.owners = torch.zeros(cell.tokens, cell.world, dtype=torch.bool, device=self.device)
+        self.owners.scatter_(1, owner_of, True)
         self.sent_rows = [int(count) for count in self.owners.sum(0)]
-        self.out = torch.empty(cell.tokens, cell.hidden, dtype=combine)
+        self.out = torch.empty(cell.tokens, cell.hidden, dtype=combine, device=self.device)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given; the CPU has."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def wire_floor_bytes(self) -> int:
         """Return the fewest payload bytes between nodes for this rank's tokens: one row per (token, node)."""
@@ -180,8 +189,10 @@ class Problem:
         scales = None
         if cell.scale_columns:
             scales = torch.rand(cell.tokens, cell.scale_columns, generator=generator) + 0.5
+            scales = scales.to(self.device)
         ids = scores.topk(cell.top_k).indices.to(torch.int32)
-        return Inputs(x.to(cell.format.dispatch), scales, ids, weights)
+        x = x.to(cell.format.dispatch)
+        return Inputs(x.to(self.device), scales, ids.to(self.device), weights.to(self.device))
 
     def check_dispatch(
         self,
@@ -207,7 +218,7 @@ class Problem:
         first = 0
         for source, inputs in self._all_inputs():
             wanted = inputs.ids // self.experts_per_rank == self.rank
-            rows = torch.ones(self.cell.tokens, dtype=torch.bool) if of_all else wanted.any(1)
+            rows = torch.ones_like(wanted[:, 0]) if of_all else wanted.any(1)
             last = first + int(rows.sum())
             compared = [("x", x, inputs.x), ("ids", ids, inputs.ids), ("weights", weights, inputs.weights)]
             if scales is not None and inputs.scales is not None:

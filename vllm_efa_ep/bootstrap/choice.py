@@ -6,7 +6,6 @@ import sys
 import torch.distributed as dist
 
 from vllm_efa_ep.bootstrap import Bootstrap
-from vllm_efa_ep.bootstrap.run import Run
 from vllm_efa_ep.bootstrap.torch import TorchBootstrap
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError
@@ -24,11 +23,8 @@ def choose_bootstrap(group: dist.ProcessGroup, settings: Settings) -> Bootstrap:
 
     """
     over_group = TorchBootstrap(group)
-    own = Run.new()
-    told = over_group.all_gather(
-        json.dumps([settings.bootstrap, _is_ray_worker(), own.name, own.token.hex()]).encode()
-    )
-    wanted, on_ray, names, tokens = zip(*map(json.loads, told), strict=True)
+    told = over_group.all_gather(json.dumps([settings.bootstrap, _is_ray_worker()]).encode())
+    wanted, on_ray = zip(*map(json.loads, told), strict=True)
     if len(set(wanted)) > 1:
         raise ConfigurationError(
             f"ranks disagree about EFA_EP_BOOTSTRAP: {', '.join(wanted)} in rank order; set it on all hosts"
@@ -43,8 +39,9 @@ def choose_bootstrap(group: dist.ProcessGroup, settings: Settings) -> Bootstrap:
         return over_group
     from vllm_efa_ep.bootstrap.ray import RayBootstrap
 
-    run = Run(names[0], bytes.fromhex(tokens[0]))
-    bootstrap = RayBootstrap(run, over_group.rank, over_group.world_size)
+    bootstrap = RayBootstrap(
+        over_group.run, over_group.rank, over_group.world_size, host_timeout_s=settings.host_timeout_s
+    )
     bootstrap.compare_hosts(settings)
     return bootstrap
 

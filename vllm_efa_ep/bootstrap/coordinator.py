@@ -7,19 +7,17 @@ here needs a lock.
 import asyncio
 import hashlib
 import logging
-import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm_efa_ep.bootstrap.run import is_member
+from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, MembershipError, RankLostError, RankTimeoutError
 
 logger = logging.getLogger(__name__)
 
-LEASE_S = 60.0
-"""A member that has not been heard of for so long, in seconds, is gone."""
-
-_FAREWELL_S = 1.0
+_PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Ticket:
     Attributes:
         token: The run's.
         rank: The member's rank.
-        member: Tells processes apart that claim the same rank.
+        member: Tells processes apart that claim the same rank; the process is connected under it.
         name: Who it is, for people.
 
     """
@@ -50,12 +48,12 @@ class _Gathering:
 @dataclass
 class _Member:
     ticket: Ticket
-    heard_at: float
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
     left: bool = False
 
 
 class Coordinator:
-    """Gathers payloads of all ranks, keeps published values, and ends when no member is left."""
+    """Gathers payloads of all ranks, keeps published values, and ends when no member is connected."""
 
     def __init__(
         self,
@@ -63,7 +61,7 @@ class Coordinator:
         size: int,
         token_digest: bytes,
         end: Callable[[], None],
-        lease_s: float = LEASE_S,
+        host_timeout_s: float = Settings.host_timeout_s,
     ) -> None:
         """Serve a run.
 
@@ -71,19 +69,34 @@ class Coordinator:
             name: The run's name.
             size: Number of ranks.
             token_digest: ``digest_of`` the run's token; the token itself is kept nowhere.
-            end: Called when all members have left or are gone.
-            lease_s: After how many seconds of silence a member is gone.
+            end: Called when the last member's connection has ended.
+            host_timeout_s: Within how many seconds a member's connection ends if its host does.
 
         """
         self._name = name
         self._size = size
         self._token_digest = token_digest
         self._end = end
-        self._lease_s = lease_s
+        self._host_timeout_s = host_timeout_s
+        self._connections: Counter[str] = Counter()
         self._members: dict[int, _Member] = {}
         self._gatherings: dict[int, _Gathering] = {}
         self._published: dict[str, str] = {}
-        self._supervision: asyncio.Task[None] | None = None
+
+    def arrived(self, member: str) -> None:
+        """A process that has shown the token is connected."""
+        self._connections[member] += 1
+        for known in self._known_as(member):
+            known.gone.clear()
+
+    def departed(self, member: str) -> None:
+        """A connection of that process has ended, and the process with it if it has no other."""
+        self._connections -= Counter([member])  # without those that are 0
+        if member not in self._connections:
+            for known in self._known_as(member):
+                known.gone.set()
+            self._end_hopeless_gatherings()
+            asyncio.get_running_loop().call_later(_PATIENCE_S, self._end_if_nobody_is_connected)
 
     async def gather(self, ticket: Ticket, number: int, payload: bytes, timeout_s: float) -> list[bytes]:
         """Bring a payload to the gathering with this number and return every rank's, in rank order.
@@ -120,6 +133,16 @@ class Coordinator:
             )
         return [gathering.payloads[rank] for rank in range(self._size)]
 
+    async def join(self, ticket: Ticket) -> None:
+        """Become the rank's member, as every call does; waits for the end of one that was it before.
+
+        Raises:
+            MembershipError: The caller is a stranger.
+            ConfigurationError: Another process is this rank, and lives.
+
+        """
+        await self._admit(ticket)
+
     async def publish(self, ticket: Ticket, key: str, value: str) -> None:
         """Keep a value; replaces an earlier one."""
         await self._admit(ticket)
@@ -135,17 +158,12 @@ class Coordinator:
         await self._admit(ticket)
         return self._published.get(key)
 
-    async def renew(self, ticket: Ticket) -> None:
-        """Say that the member lives, as every other call does, too."""
-        await self._admit(ticket)
-
     async def leave(self, ticket: Ticket) -> None:
         """Say that the member needs the coordinator no more."""
         await self._admit(ticket)
         self._members[ticket.rank].left = True
+        self._members[ticket.rank].gone.set()
         self._end_hopeless_gatherings()
-        # After the answer, which would not arrive otherwise.
-        asyncio.get_running_loop().call_later(_FAREWELL_S, self._end_if_nobody_is_left)
 
     async def _admit(self, ticket: Ticket) -> None:
         # Digests, so that nobody who reads the arguments of Ray's actors learns the token.
@@ -160,48 +178,41 @@ class Coordinator:
                 f"{ticket.name} claims rank {ticket.rank} of run {self._name}; ranks are 0 to "
                 f"{self._size - 1}"
             )
+        if ticket.member not in self._connections:
+            raise RankLostError(
+                f"{ticket.name} has lost its connection to the coordinator of run {self._name} and counts as "
+                "gone",
+                rank=ticket.rank,
+            )
         await self._succeed(ticket)
-        self._members[ticket.rank].heard_at = time.monotonic()
-        if self._supervision is None:
-            self._supervision = asyncio.get_running_loop().create_task(self._supervise())
 
     async def _succeed(self, ticket: Ticket) -> None:
-        """Make the caller its rank's member. A process that was it before must be gone: wait for a sign."""
-        while (known := self._members.get(ticket.rank)) is not None:
+        """Make the caller its rank's member, if a process that was it before is gone."""
+        while (known := self._members.get(ticket.rank)) is not None and not known.gone.is_set():
             if known.ticket.member == ticket.member:
                 return
-            if self._is_gone(known, time.monotonic()):
-                break
-            heard_at = known.heard_at
-            await asyncio.sleep(self._lease_s / 4)
-            if known.heard_at != heard_at:
+            try:
+                await asyncio.wait_for(known.gone.wait(), self._host_timeout_s + _PATIENCE_S)
+            except asyncio.TimeoutError:
                 raise ConfigurationError(
                     f"{known.ticket.name} and {ticket.name} both claim rank {ticket.rank} of run "
                     f"{self._name}; give every process its own rank"
-                )
-        self._members[ticket.rank] = _Member(ticket, time.monotonic())
+                ) from None
+        self._members[ticket.rank] = _Member(ticket)
 
-    def _is_gone(self, member: _Member, now: float) -> bool:
-        return member.left or now - member.heard_at > self._lease_s
-
-    async def _supervise(self) -> None:
-        while True:
-            await asyncio.sleep(self._lease_s / 4)
-            self._end_hopeless_gatherings()
-            self._end_if_nobody_is_left()
+    def _known_as(self, member: str) -> list[_Member]:
+        return [known for known in self._members.values() if known.ticket.member == member]
 
     def _end_hopeless_gatherings(self) -> None:
-        now = time.monotonic()
-        gone = {rank for rank, member in self._members.items() if self._is_gone(member, now)}
+        gone = {rank for rank, member in self._members.items() if member.gone.is_set()}
         for number, gathering in list(self._gatherings.items()):
             if lost := gone - gathering.payloads.keys():
                 gathering.lost = min(lost)
                 gathering.over.set()
                 del self._gatherings[number]
 
-    def _end_if_nobody_is_left(self) -> None:
-        now = time.monotonic()
-        if all(self._is_gone(member, now) for member in self._members.values()):
+    def _end_if_nobody_is_connected(self) -> None:
+        if not self._connections:
             logger.info("EFA EP: run %s has no member left and ends", self._name)
             self._end()
 

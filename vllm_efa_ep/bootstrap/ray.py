@@ -1,9 +1,10 @@
 """Bootstrap over Ray: a coordinator actor in a namespace of the run, whichever driver started the ranks.
 
 The actor is detached: it outlives the driver that created it, and ends by itself when the last rank has left
-or is gone. It runs on Ray's head node, without which there is no Ray. What it holds is open to members of the
-run only, but Ray itself lets everybody who reaches it run code: switch Ray's own token authentication on
-(``RAY_AUTH_MODE=token``) where strangers reach the cluster.
+or is gone, which the connections that ranks hold to it tell at once. It runs on Ray's head node, without
+which there is no Ray. What it holds is open to members of the run only, but Ray itself lets everybody who
+reaches it run code: switch Ray's own token authentication on (``RAY_AUTH_MODE=token``) where strangers reach
+the cluster.
 """
 
 import json
@@ -11,7 +12,6 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,9 +20,11 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from vllm_efa_ep.bootstrap.coordinator import LEASE_S, Coordinator, Ticket, digest_of
+from vllm_efa_ep.bootstrap.coordinator import Coordinator, Ticket, digest_of
 from vllm_efa_ep.bootstrap.inventory import Inventory, take_inventory
-from vllm_efa_ep.bootstrap.run import Run
+from vllm_efa_ep.bootstrap.member import Member
+from vllm_efa_ep.bootstrap.presence import MEMBER_BYTES, Door, Presence
+from vllm_efa_ep.bootstrap.run import Run, is_member
 from vllm_efa_ep.config import SETTINGS, Settings
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 
@@ -33,13 +35,12 @@ START_S = 600.0
 
 _ANSWER_SECONDS = 5.0
 _ACTOR_SECONDS = 60.0
-_RENEWALS_PER_LEASE = 6
 _HEAD = {"node:__internal_head__": 0.001}
 # Settings that name something of one host.
 _OF_ONE_HOST = ("libfabric", "interface", "stats_dir")
 
 
-class RayBootstrap:
+class RayBootstrap(Member):
     """One rank of a run."""
 
     def __init__(
@@ -48,7 +49,7 @@ class RayBootstrap:
         rank: int,
         world_size: int,
         timeout_s: float = START_S,
-        lease_s: float = LEASE_S,
+        host_timeout_s: int = Settings.host_timeout_s,
     ) -> None:
         """Join the run, or, with the rank of a process that is gone, take its place.
 
@@ -57,10 +58,11 @@ class RayBootstrap:
             rank: This rank.
             world_size: Number of ranks.
             timeout_s: Longest wait for the other ranks in ``all_gather``.
-            lease_s: After how many seconds without a sign of life other ranks take this one for gone.
+            host_timeout_s: After how many seconds without a sign of life a rank's host counts as gone.
 
         Raises:
-            ConfigurationError: This process is not connected to Ray, or another one is this rank.
+            ConfigurationError: This process is not connected to Ray or cannot reach the coordinator, or
+                another one is this rank.
             MembershipError: The run has another token.
             EfaEpError: Ray does not answer.
 
@@ -69,32 +71,21 @@ class RayBootstrap:
             raise ConfigurationError(
                 "this process is not connected to Ray; call ray.init(address=...) before"
             )
-        self._rank = rank
-        self._world_size = world_size
+        super().__init__(run, rank, world_size)
         self._timeout_s = timeout_s
         self._gatherings = 0
         self._address = _own_address()
         name = f"process {os.getpid()} on {socket.gethostname()} ({self._address})"
-        self._ticket = Ticket(run.token, rank, secrets.token_hex(8), name)
-        self._coordinator = _coordinator(run, world_size, lease_s)
-        self._stop = threading.Event()
-        weakref.finalize(self, self._stop.set)
-        threading.Thread(
-            target=_renew,
-            args=(self._coordinator, self._ticket, lease_s / _RENEWALS_PER_LEASE, self._stop),
-            name="efa_ep_lease",
-            daemon=True,
-        ).start()
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self._world_size
+        self._ticket = Ticket(run.token, rank, secrets.token_hex(MEMBER_BYTES), name)
+        self._coordinator = _coordinator(run, world_size, host_timeout_s)
+        address, port = _ask(self._coordinator.door.remote(), _ACTOR_SECONDS)
+        self._presence = Presence(address, port, run.token, self._ticket.member, _ANSWER_SECONDS)
+        weakref.finalize(self, self._presence.close)
+        try:
+            _ask(self._coordinator.join.remote(self._ticket), host_timeout_s + _ANSWER_SECONDS)
+        except EfaEpError:
+            self._presence.close()
+            raise
 
     @property
     def address(self) -> str:
@@ -111,29 +102,23 @@ class RayBootstrap:
         """
         number, self._gatherings = self._gatherings, self._gatherings + 1
         wait_s = self._timeout_s
+        self._presence.ensure()
         answer = self._coordinator.gather.remote(self._ticket, number, payload, wait_s)
         gathered: list[bytes] = _ask(answer, wait_s + _ANSWER_SECONDS)
         return gathered
 
-    def publish(self, key: str, value: str) -> None:
-        """Keep a value at the coordinator."""
-        _ask(self._coordinator.publish.remote(self._ticket, key, value))
-
-    def publish_once(self, key: str, value: str) -> str:
-        """Keep a value unless another rank was first; return the one that is kept."""
-        winner: str = _ask(self._coordinator.publish_once.remote(self._ticket, key, value))
-        return winner
-
-    def lookup(self, key: str) -> str | None:
-        """Ask the coordinator for a value."""
-        value: str | None = _ask(self._coordinator.lookup.remote(self._ticket, key))
-        return value
-
     def close(self) -> None:
         """Leave the run; the last rank's leaving ends the coordinator. Safe to repeat."""
-        if not self._stop.is_set():
-            self._stop.set()
-            _ask(self._coordinator.leave.remote(self._ticket))
+        if not self._presence.closed:
+            try:
+                self.request("leave")
+            finally:
+                self._presence.close()
+
+    def request(self, name: str, *arguments: str) -> Any:
+        """Ask the coordinator."""
+        self._presence.ensure()
+        return _ask(getattr(self._coordinator, name).remote(self._ticket, *arguments))
 
     def compare_hosts(self, settings: Settings | None = None) -> tuple[Inventory, ...]:
         """Collective: check that all ranks have the same versions and settings.
@@ -168,7 +153,7 @@ class RayBootstrap:
             for each in claims
         )
         kinds = {str(each) for each in inventories}
-        if self._rank == 0 and len(kinds) > 1:
+        if self.rank == 0 and len(kinds) > 1:
             logger.warning("EFA EP: the hosts differ: %s", "; ".join(sorted(kinds)))
         return inventories
 
@@ -197,12 +182,20 @@ def _own_address() -> str:
 class _CoordinatorActor(Coordinator):
     """The coordinator as an actor, which can end itself."""
 
-    def __init__(self, name: str, size: int, token_digest: bytes, lease_s: float) -> None:
+    def __init__(self, name: str, size: int, token_digest: bytes, host_timeout_s: int) -> None:
         itself = ray.get_runtime_context().current_actor
-        super().__init__(name, size, token_digest, lambda: ray.kill(itself), lease_s)
+        super().__init__(name, size, token_digest, lambda: ray.kill(itself), host_timeout_s)
+        self._door = Door(
+            lambda token: is_member(digest_of(token), token_digest),
+            self.arrived,
+            self.departed,
+            host_timeout_s,
+        )
 
-    async def ready(self) -> None:
-        """Answer once the actor has started."""
+    async def door(self) -> tuple[str, int]:
+        """Return address and port at which members connect."""
+        address = _own_address()
+        return address, await self._door.open(address)
 
 
 def namespace(run: Run) -> str:
@@ -210,7 +203,7 @@ def namespace(run: Run) -> str:
     return f"vllm_efa_ep/{run.name}"
 
 
-def _coordinator(run: Run, world_size: int, lease_s: float) -> Any:
+def _coordinator(run: Run, world_size: int, host_timeout_s: int) -> Any:
     """Return the run's coordinator; whoever comes first creates it."""
     handle: Any = (
         ray.remote(_CoordinatorActor)
@@ -223,12 +216,11 @@ def _coordinator(run: Run, world_size: int, lease_s: float) -> Any:
             resources=_HEAD,
             # Not in the placement group of the caller, which has no room for it.
             scheduling_strategy="DEFAULT",
-            # Every rank waits in a gathering, looks something up, and renews its lease.
+            # Every rank waits in a gathering, looks something up, and a process that succeeds it joins.
             max_concurrency=3 * world_size,
         )
-        .remote(run.name, world_size, digest_of(run.token), lease_s)
+        .remote(run.name, world_size, digest_of(run.token), host_timeout_s)
     )
-    _ask(handle.ready.remote(), _ACTOR_SECONDS)
     return handle
 
 
@@ -248,9 +240,3 @@ def _ask(answer: "ray.ObjectRef[Any]", timeout_s: float = _ANSWER_SECONDS) -> An
         raise EfaEpError(f"the coordinator of this run is gone: {error}") from error
     except RayError as error:
         raise EfaEpError(f"Ray failed: {error}") from error
-
-
-def _renew(coordinator: Any, ticket: Ticket, period_s: float, stop: threading.Event) -> None:
-    # Nobody waits for the answers: a coordinator that is gone shows at the next request.
-    while not stop.wait(period_s) and ray.is_initialized():
-        coordinator.renew.remote(ticket)

@@ -117,6 +117,7 @@ def run_on_ray(
     start_timeout_s: float = START_S,
     timeout_s: float | None = None,
     environment: Mapping[str, str] | None = None,
+    compare_hosts: bool = True,
 ) -> list[_Result]:
     """Run ``function(bootstrap, *arguments)`` as ``world_size`` ranks on the cluster; return their results.
 
@@ -130,6 +131,7 @@ def run_on_ray(
         start_timeout_s: How long ranks wait for each other before they begin.
         timeout_s: How long all of it may take; None: the function has deadlines of its own.
         environment: Variables of the ranks, besides this process's settings of ours and of libfabric.
+        compare_hosts: Refuse to run on hosts whose versions or settings differ.
 
     Raises:
         ConfigurationError: The cluster has too few GPUs.
@@ -142,6 +144,7 @@ def run_on_ray(
         gpus_per_rank=gpus_per_rank,
         start_timeout_s=start_timeout_s,
         environment=environment,
+        compare_hosts=compare_hosts,
     )
     try:
         return ranks.results(timeout_s)
@@ -171,6 +174,7 @@ class RayRanks:
         gpus_per_rank: int = 0,
         start_timeout_s: float = START_S,
         environment: Mapping[str, str] | None = None,
+        compare_hosts: bool = True,
     ) -> "RayRanks":
         """Start the ranks of a run; the arguments are those of ``run_on_ray``."""
         settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTING_PREFIXES)}
@@ -191,7 +195,9 @@ class RayRanks:
         ]
         # Waited for: a call on its way to an actor dies with the driver.
         begun = {
-            actor.begin.remote(run, rank, world_size, start_timeout_s, function, tuple(arguments)): rank
+            actor.begin.remote(
+                run, rank, world_size, start_timeout_s, compare_hosts, function, tuple(arguments)
+            ): rank
             for rank, actor in enumerate(actors)
         }
         done, late = ray.wait(list(begun), num_returns=len(begun), timeout=start_timeout_s)
@@ -258,12 +264,14 @@ class _Rank:
         rank: int,
         world_size: int,
         timeout_s: float,
+        compare_hosts: bool,
         function: Callable[..., Any],
         arguments: tuple[Any, ...],
     ) -> None:
         try:
             bootstrap = RayBootstrap(run, rank, world_size, timeout_s)
-            bootstrap.compare_hosts()
+            if compare_hosts:
+                bootstrap.compare_hosts()
             result = function(bootstrap, *arguments)
             bootstrap.close()
         except Exception as error:  # handed to the driver, whatever it is

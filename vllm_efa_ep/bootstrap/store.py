@@ -3,52 +3,42 @@
 import atexit
 import socket
 import time
-from collections.abc import Callable
 from concurrent import futures
 from threading import Thread
-from typing import TypeVar
+from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from vllm_efa_ep.bootstrap.key_gather import KeyGather
-from vllm_efa_ep.errors import ConfigurationError, EfaEpError
+from vllm_efa_ep.bootstrap.member import Member
+from vllm_efa_ep.bootstrap.run import Run
+from vllm_efa_ep.bootstrap.sealed import SealedKeys
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError, StoreLostError
 
-_Answer = TypeVar("_Answer")
 _ANSWER_SECONDS = 5.0
 # Threads of requests whose answer is still to come.
 _asking: set[Thread] = set()
 
 
-class StoreBootstrap:
-    """Ranks that know their numbers and share a store.
+class StoreBootstrap(Member):
+    """Ranks that know their numbers and share a store and a run.
 
-    A process that takes the place of a lost one builds it with the ``name`` of the others' bootstrap.
+    A process that takes the place of a lost one builds it with the ``run`` of the others' bootstrap.
     """
 
     def __init__(
-        self, store: Store, name: str, rank: int, world_size: int, gather_timeout_s: float = 300.0
+        self, store: Store, run: Run, rank: int, world_size: int, gather_timeout_s: float = 300.0
     ) -> None:
-        """Keep apart, by ``name``, from whatever else uses the store."""
-        self.name = name
-        self._store = PrefixStore(f"vllm_efa_ep/{name}", store)
-        self._rank = rank
-        self._world_size = world_size
+        """Keep apart from whatever else uses the store, and from strangers who reach it."""
+        super().__init__(run, rank, world_size)
+        self._store = store
+        self._keys = SealedKeys(store, run)
         self._gather = KeyGather(rank, world_size, gather_timeout_s)
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self._world_size
 
     @property
     def address(self) -> str:
         """This host's address on the way to the host of the store."""
-        store: Store = self._store
+        store = self._store
         while isinstance(store, PrefixStore):
             store = store.underlying_store
         host = store.host if isinstance(store, TCPStore) else socket.gethostname()
@@ -58,26 +48,14 @@ class StoreBootstrap:
         """Gather over keys."""
         return self._gather.all_gather(self, payload)
 
-    def publish(self, key: str, value: str) -> None:
-        """Set a key of the store."""
-        self._ask(lambda: self._store.set(key, value))
-
-    def publish_once(self, key: str, value: str) -> str:
-        """Set a key of the store unless it is set, and return what it holds."""
-        return self._ask(lambda: self._store.compare_set(key, "", value).decode())
-
-    def lookup(self, key: str) -> str | None:
-        """Get a key of the store if it is set."""
-        return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
-
-    def _ask(self, request: Callable[[], _Answer]) -> _Answer:
-        # In a thread of its own: a request to a store whose host is frozen never returns.
-        answer: futures.Future[_Answer] = futures.Future()
+    def request(self, name: str, *arguments: str) -> Any:
+        """Ask the store, in a thread of its own: a request to one whose host is frozen never returns."""
+        answer: futures.Future[Any] = futures.Future()
 
         def run() -> None:
             try:
-                answer.set_result(request())
-            except RuntimeError as error:
+                answer.set_result(getattr(self._keys, name)(*arguments))
+            except (RuntimeError, EfaEpError) as error:
                 answer.set_exception(error)
             finally:
                 _asking.discard(thread)
@@ -86,12 +64,15 @@ class StoreBootstrap:
         _asking.add(thread)
         thread.start()
         try:
-            error = answer.exception(_ANSWER_SECONDS)
+            return answer.result(_ANSWER_SECONDS)
         except futures.TimeoutError:
-            error = EfaEpError(f"nothing for {_ANSWER_SECONDS:g} s")
-        if error is not None:
-            raise EfaEpError(f"the store of torch.distributed does not answer: {error}")
-        return answer.result()
+            why = f"nothing for {_ANSWER_SECONDS:g} s"
+        except RuntimeError as error:
+            why = str(error)
+        raise StoreLostError(
+            f"the store of torch.distributed does not answer: {why}; its host (usually rank 0) is dead or "
+            "stuck. Restart all ranks; a store outside of them survives each of them"
+        )
 
 
 @atexit.register

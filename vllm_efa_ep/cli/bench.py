@@ -42,10 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", type=names, default=("bf16",), help="of bf16, fp32, fp8 (fp8: bf16 combine)"
     )
+    parser.add_argument("--device", default="cpu", help="where the rows are: cpu (default) or cuda")
     parser.add_argument("--experts", type=int, default=256, help="experts of the layer (default 256)")
     parser.add_argument("--top-k", type=int, default=8, help="experts per token (default 8)")
     parser.add_argument(
-        "--against", type=names, default=(), help="of ordinary-tensors, gloo-agrs, gloo-a2a, mpi"
+        "--against",
+        type=names,
+        default=(),
+        help="of ordinary-tensors, gloo-agrs, gloo-a2a, mpi; with --device cuda also nccl-agrs, nccl-a2a",
     )
     parser.add_argument(
         "--warm-up", type=int, default=20, help="rounds before the first timed one (default 20)"
@@ -104,6 +108,7 @@ def _measure(options: argparse.Namespace) -> int:
         effort=Effort(options.warm_up, options.iterations, options.iterations, 0.0),
         seed=options.seed,
         ranks_per_node=per_node,
+        device=options.device,
     )
     plan.check()
     if options.ray:
@@ -114,6 +119,7 @@ def _measure(options: argparse.Namespace) -> int:
             return 0
         document = joined
     else:
+        plan.check_here()
         document = session.run_worlds(plan, options.ranks, options.starts)
     session.print_table(document)
     print(f"written: {session.write_json(document, options.out)}")

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_efa_ep.errors import ConfigurationError
@@ -23,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, help="examine this many nodes, on each of which this runs")
     parser.add_argument("--node", type=int, help="which of them this is, from 0")
     parser.add_argument("--meet", metavar="HOST:PORT", help="address of node 0 and a free port there")
+    parser.add_argument(
+        "--token-file", type=Path, help="file with a random secret, the same on all nodes that --meet"
+    )
     parser.add_argument(
         "--timeout", type=float, default=10.0, help="seconds a pair of nodes may take (default 10)"
     )
@@ -56,11 +60,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    given = [name for name in ("nodes", "node", "meet") if getattr(options, name) is not None]
+    options_of_nodes = ("nodes", "node", "meet", "token_file")
+    given = [name for name in options_of_nodes if getattr(options, name) is not None]
     if options.ray and given:
-        raise ConfigurationError(f"--ray finds the nodes itself; leave out --{given[0]}")
-    if given and len(given) < 3:
-        raise ConfigurationError("--nodes, --node and --meet belong together; give all three")
+        raise ConfigurationError(f"--ray finds the nodes itself; leave out --{given[0].replace('_', '-')}")
+    if given and len(given) < len(options_of_nodes):
+        raise ConfigurationError(
+            "--nodes, --node, --meet and --token-file belong together; give all four, the file with `openssl "
+            "rand -hex 32` in it"
+        )
     if given and not 0 <= options.node < options.nodes:
         raise ConfigurationError(f"--node {options.node} is not one of 0 to {options.nodes - 1}")
     if options.timeout <= 0:
@@ -73,8 +81,8 @@ def _examine(options: argparse.Namespace, begin: Callable[[str], None]) -> "Repo
             from vllm_efa_ep.doctor.cluster.on_ray import examine_ray
         except ImportError as error:
             raise ConfigurationError(
-                f"--ray needs Ray ({error}); `pip install 'vllm-efa-ep[ray]'`, or give --nodes, --node and "
-                "--meet"
+                f"--ray needs Ray ({error}); `pip install 'vllm-efa-ep[ray]'`, or give --nodes, --node, "
+                "--meet and --token-file"
             ) from error
         begin("all nodes of the Ray cluster")
         return examine_ray(options.timeout, options.require_efa)
@@ -83,10 +91,10 @@ def _examine(options: argparse.Namespace, begin: Callable[[str], None]) -> "Repo
 
     if options.nodes is None:
         return examine_node(this_system(), options.require_efa, begin)
-    from vllm_efa_ep.doctor.cluster.meeting import Meeting
+    from vllm_efa_ep.doctor.cluster.meeting import Meeting, run_of
 
     host, port = _address(options.meet)
-    with Meeting(host, port, options.node, options.nodes) as meeting:
+    with Meeting(host, port, options.node, options.nodes, run_of(options.token_file)) as meeting:
         return examine_cluster(this_system(), meeting.bootstrap, options.timeout, options.require_efa, begin)
 
 

@@ -19,7 +19,8 @@ _REMEDIES: Mapping[str, str] = {
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "kernel module and libcuda have different versions; reboot after "
     "an update of the driver",
     "CUDA_ERROR_NOT_PERMITTED": "the process may not do this; in a container, grant access to the GPU's "
-    "device files",
+    "device files, and with EFA_EP_GPU_HANDLES=fabric to an IMEX channel "
+    "(/dev/nvidia-caps-imex-channels/channel0)",
     "CUDA_ERROR_OUT_OF_MEMORY": "the GPU's memory is used up; lower max_tokens_per_rank (`vllm-efa-ep plan` "
     "shows what an instance takes), or vLLM's --gpu-memory-utilization",
 }
@@ -154,4 +155,20 @@ def require_rdma(gpu: Gpu) -> None:
         raise DeviceUnavailableError(
             f"NICs cannot reach the memory of GPU {gpu.ordinal} ({attribute.name} is 0); use a data-centre "
             "GPU and, in a virtual machine, one that is passed through with its NICs"
+        )
+
+
+def require_fabric_handles(gpu: Gpu) -> None:
+    """Check that memory can get handles for other hosts of an NVLink domain.
+
+    Raises:
+        DeviceUnavailableError: It cannot.
+
+    """
+    attribute = bindings().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED
+    if not call(f"asking what GPU {gpu.ordinal} can do", "cuDeviceGetAttribute", attribute, gpu.ordinal):
+        raise DeviceUnavailableError(
+            f"GPU {gpu.ordinal} has no fabric handles ({attribute.name} is 0): it is not in a multi-node "
+            "NVLink domain, or its driver is not set up for one; set EFA_EP_GPU_HANDLES=descriptor, or check "
+            "nvidia-imex on all hosts of the domain"
         )

@@ -24,7 +24,6 @@ class CudaHalves:
         self._capacity = layout.result_rows
         self._top_k = layout.top_k
         self._per_expert = per_expert
-        self._counters = {"rounds": 0, "tokens": 0, "received_rows": 0}
 
     def dispatch_send(
         self,
@@ -36,13 +35,13 @@ class CudaHalves:
         ids_are_64_bit: bool,
         weights: int,
         tokens: int,
+        token_count: int,
     ) -> None:
         """Launch the start of a round."""
+        stream = current_stream()
         self._core.dispatch_send(
-            channel, current_stream(), x, x_stride, scales, ids, ids_are_64_bit, weights, tokens
+            channel, stream, x, x_stride, scales, ids, ids_are_64_bit, weights, tokens, token_count
         )
-        self._counters["rounds"] += 1
-        self._counters["tokens"] += tokens
 
     def dispatch_recv(
         self, channel: int, room: int, x: int, scales: int, ids: int, weights: int, tokens_per_expert: int
@@ -58,9 +57,7 @@ class CudaHalves:
         self._core.dispatch_recv(channel, stream, x, scales, ids, weights, tokens_per_expert)
         if fixed_shape:
             return self._capacity
-        rows = self._core.wait_for_rows(channel, stream)
-        self._counters["received_rows"] += rows
-        return rows
+        return self._core.wait_for_rows(channel, stream)
 
     def dispatch_pack(
         self,
@@ -83,14 +80,8 @@ class CudaHalves:
         self._core.combine_recv(channel, current_stream(), out)
 
     def counters(self) -> dict[str, Any]:
-        """Return what the host knows; rows and drops on the device, and replayed graphs, are not counted."""
-        return {
-            **self._counters,
-            "network_rows": 0,
-            "peer_rows": 0,
-            "dropped_slots": 0,
-            "dropped_weight": 0.0,
-        }
+        """Return what the kernels have counted, in replayed graphs, too; asks the GPU nothing."""
+        return self._core.counters()
 
     def half_seconds(self) -> dict[str, float]:
         """Return nothing: time on the GPU is CUDA events' matter."""

@@ -21,9 +21,13 @@ class PinnedMemory:
         self.bytes = size
         #: Where the host finds it.
         self.address = int(call(purpose, "cuMemHostAlloc", size, flags))
-        ctypes.memset(self.address, 0, size)
+        self.clear()
         #: Where kernels find it.
         self.device_address = int(call(purpose, "cuMemHostGetDevicePointer", self.address, 0))
+
+    def clear(self) -> None:
+        """Fill it with zeros; neither kernels nor the proxy use it meanwhile."""
+        ctypes.memset(self.address, 0, self.bytes)
 
     def close(self) -> None:
         """Free it; neither kernels nor the proxy may use it any more."""
@@ -43,8 +47,12 @@ class DeviceMemory:
         purpose = f"allocating {size} bytes of GPU memory"
         self.bytes = size
         self.address = int(call(purpose, "cuMemAlloc", size))
-        call(purpose, "cuMemsetD8", self.address, 0, size)
-        call(purpose, "cuCtxSynchronize")
+        self.clear()
+
+    def clear(self) -> None:
+        """Fill it with zeros; it is so when this returns, and no kernel uses it meanwhile."""
+        call("clearing GPU memory", "cuMemsetD8", self.address, 0, self.bytes)
+        call("clearing GPU memory", "cuCtxSynchronize")
 
     def write(self, image: bytes) -> None:
         """Copy ``image`` to the start; it is there when this returns."""

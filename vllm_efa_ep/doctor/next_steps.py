@@ -19,7 +19,7 @@ def next_steps(report: Report) -> list[str]:
     if len(report.nodes) == 1:
         return [
             "Run it on all nodes, so that each pair of them is tried: `vllm-efa-ep doctor --ray` on Ray, or "
-            "on every node `vllm-efa-ep doctor --nodes N --node I --meet NODE0:29600`.",
+            "on every node `vllm-efa-ep doctor --nodes N --node I --meet NODE0:29600 --token-file FILE`.",
         ]
     return [
         "Serve: `vllm serve MODEL --enable-expert-parallel --all2all-backend efa_ep_low_latency` with the "

@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 
 from vllm_efa_ep.all_to_all import Dispatched
 from vllm_efa_ep.errors import ConfigurationError
+from vllm_efa_ep.vllm_plugin import wire_format
 from vllm_efa_ep.vllm_plugin.prepare_finalize import EfaEpPrepareFinalize, PrepareResult
 
 
@@ -31,20 +32,27 @@ class HighThroughputPrepareFinalize(EfaEpPrepareFinalize):
         """Return None: the experts need not know a bound."""
         return None
 
-    def _expert_input(self, dispatched: Dispatched, quant_config: Any, quantize: bool) -> PrepareResult:
-        rows, scales = dispatched.x, dispatched.scales
+    def _expert_input(
+        self, dispatched: Dispatched, scales: torch.Tensor | None, quant_config: Any, quantize: bool
+    ) -> PrepareResult:
+        rows = dispatched.x
         if quantize and rows.numel() and quant_config.quant_dtype is not None:
-            rows, scales = self._quantize(rows, quant_config)
+            rows, scales = wire_format.quantize(rows, quant_config, quant_config.is_scale_swizzled)
         ids, weights = dispatched.topk_ids, dispatched.topk_weights
         if current_platform.is_cpu() and ids is not None and weights is not None:
             ids, weights = self._local_slots(ids, weights)
         return rows, scales, None, ids, weights
 
-    def _weights_applied(self, weight_and_reduce_impl: Any) -> bool:
+    def _expert_output(
+        self, rows: torch.Tensor, output: torch.Tensor, weight_and_reduce_impl: Any
+    ) -> tuple[torch.Tensor, bool]:
+        if rows.numel() == 0:
+            # vLLM skips experts without input; the shape it makes up is that of the input, packed or not.
+            return output.new_empty((0, output.shape[-1])), True
         if isinstance(weight_and_reduce_impl, TopKWeightAndReduceNoOP):
-            return True
+            return rows, True
         if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate | TopKWeightAndReduceContiguous):
-            return False
+            return rows, False
         raise ConfigurationError(
             f"the expert kernel leaves {type(weight_and_reduce_impl).__name__} to do, which "
             "efa_ep_high_throughput does not know; choose another --moe-backend"

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceDelegate
 from vllm.model_executor.layers.fused_moe.utils import normalize_batched_scales_shape
 
 from vllm_efa_ep.all_to_all import Dispatched
 from vllm_efa_ep.errors import ConfigurationError
+from vllm_efa_ep.vllm_plugin import wire_format
 from vllm_efa_ep.vllm_plugin.prepare_finalize import EfaEpPrepareFinalize, PrepareResult
 
 
@@ -25,11 +27,14 @@ class LowLatencyPrepareFinalize(EfaEpPrepareFinalize):
         """Return the most tokens a rank may dispatch at once; times the ranks it is the capacity."""
         return int(self._moe.max_num_tokens)
 
-    def _expert_input(self, dispatched: Dispatched, quant_config: Any, quantize: bool) -> PrepareResult:
-        rows, scales = dispatched.x, dispatched.scales
-        if quantize and quant_config.quant_dtype is not None:
+    def _expert_input(
+        self, dispatched: Dispatched, scales: torch.Tensor | None, quant_config: Any, quantize: bool
+    ) -> PrepareResult:
+        rows = dispatched.x
+        # vLLM's batched experts for fp4 quantise by themselves.
+        if quantize and quant_config.quant_dtype not in (None, "nvfp4"):
             num_experts = rows.shape[0]
-            flat, scales = self._quantize(rows.flatten(0, 1), quant_config)
+            flat, scales = wire_format.quantize(rows.flatten(0, 1), quant_config, swizzled=False)
             rows = flat.view(num_experts, -1, flat.shape[-1])
             scales = normalize_batched_scales_shape(scales, num_experts)
         tokens = mk.ExpertTokensMetadata(
@@ -37,9 +42,14 @@ class LowLatencyPrepareFinalize(EfaEpPrepareFinalize):
         )
         return rows, scales, tokens, None, None
 
-    def _weights_applied(self, weight_and_reduce_impl: Any) -> bool:
+    def _expert_output(
+        self,
+        rows: torch.Tensor,
+        output: torch.Tensor,  # noqa: ARG002
+        weight_and_reduce_impl: Any,
+    ) -> tuple[torch.Tensor, bool]:
         if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
-            return False
+            return rows, False
         raise ConfigurationError(
             f"the expert kernel leaves {type(weight_and_reduce_impl).__name__} to do, but "
             "efa_ep_low_latency weights and reduces in combine; choose another --moe-backend"

@@ -1,13 +1,16 @@
 """The object vLLM keeps for each EP group: it owns the ``AllToAll`` instances of its MoE layers."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
+from vllm.platforms import current_platform
 
 from vllm_efa_ep.all_to_all import AllToAll, AllToAllConfig
 from vllm_efa_ep.bootstrap.choice import choose_bootstrap
 from vllm_efa_ep.config import Settings
+from vllm_efa_ep.errors import EfaEpError
 from vllm_efa_ep.metrics.snapshot import SnapshotWriter
 from vllm_efa_ep.vllm_plugin import logger
 from vllm_efa_ep.vllm_plugin.error_log import one_line_per_error, use_vllm_log
@@ -21,11 +24,12 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
 
         Args:
             cpu_group: vLLM's gloo group of all EP ranks.
-            fault_tolerance: Whether vLLM shall ask ``query_fault`` after each step.
+            fault_tolerance: Whether vLLM shall ask ``query_fault`` after each step. It does on CUDA anyhow.
 
         """
         super().__init__(cpu_group)
-        self.support_fault_tolerance = fault_tolerance
+        # Halves in a replayed CUDA graph cannot raise; vLLM asks only a manager that says it knows faults.
+        self.support_fault_tolerance = fault_tolerance or current_platform.is_cuda()
         self._last_mask = torch.zeros(self.world_size, dtype=torch.int32)
         use_vllm_log()
         self._settings = Settings.from_environment()
@@ -47,15 +51,24 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
 
     def query_active_mask(self) -> torch.Tensor:
         """Return int32 ``[EP ranks]``: 1 for a rank that is lost, 0 for a live one. Asks no other rank."""
+        self._log_faults()
+        return self._mask_of_lost()
+
+    def _mask_of_lost(self) -> torch.Tensor:
         mask = torch.zeros(self.world_size, dtype=torch.int32)
         for all_to_all in self._all_to_alls.values():
             mask[list(all_to_all.lost_ranks())] = 1
         return mask
 
     def query_fault(self) -> torch.Tensor:
-        """Return a bool: whether a rank was lost, or a half failed, since the last ``clean_buffers``."""
-        failed = any(all_to_all.failed for all_to_all in self._all_to_alls.values())
-        return (self.query_active_mask() != self._last_mask).any() | failed
+        """Return a bool: whether a rank was lost, or a half failed, since the last ``clean_buffers``.
+
+        On CUDA it is read in the current stream, hence after the halves of a step that is still running.
+        """
+        lost = (self._mask_of_lost() != self._last_mask).any()
+        if lost or not self._all_to_alls:
+            return lost
+        return torch.stack([all_to_all.fault() for all_to_all in self._all_to_alls.values()]).any()
 
     def clean_buffers(self) -> None:
         """Go on with the live ranks, who all call it: new memory and connections for every ``AllToAll``.
@@ -68,7 +81,14 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
         for all_to_all in self._all_to_alls.values():
             with one_line_per_error():
                 all_to_all.mask()
-        self._last_mask = self.query_active_mask()
+        self._last_mask = self._mask_of_lost()
+
+    def max_sms_used(self) -> int:
+        """Return 0: micro-batches share a stream, and no half occupies the GPU while data flies.
+
+        So there is nothing that vLLM should leave SMs for when two micro-batches overlap.
+        """
+        return 0
 
     def close(self) -> None:
         """Write the last counters and close all connections; safe to repeat."""
@@ -80,6 +100,12 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
     def destroy(self) -> None:
         """Close; the name by which vLLM's CUDA communicator calls it."""
         self.close()
+
+    def _log_faults(self) -> None:
+        """Log what vLLM's own error for a fault does not say: the half, the round, and who was waited for."""
+        for all_to_all in self._all_to_alls.values():
+            with suppress(EfaEpError), one_line_per_error():
+                all_to_all.raise_fault()
 
     def _log_start(self, all_to_all: AllToAll) -> None:
         stats = all_to_all.stats()

@@ -8,7 +8,12 @@ from typing import Any
 
 from vllm_efa_ep.errors import ConfigurationError
 from vllm_efa_ep.vllm_plugin import fault_tolerance, seams
-from vllm_efa_ep.vllm_plugin.backend_names import HIGH_THROUGHPUT, LOW_LATENCY, is_selected
+from vllm_efa_ep.vllm_plugin.backend_names import (
+    BACKEND_NAMES,
+    HIGH_THROUGHPUT,
+    LOW_LATENCY,
+    is_selected,
+)
 from vllm_efa_ep.vllm_plugin.config_patches import extend_property
 
 _applied = False
@@ -27,7 +32,7 @@ def apply() -> None:
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
-    seams.require([*seams.MOE_SEAMS, *(seams.CPU_MOE_SEAMS if on_cpu else ())])
+    seams.require([*seams.MOE_SEAMS, *(seams.CPU_MOE_SEAMS if on_cpu else seams.CUDA_MOE_SEAMS)])
     _announce_formats()
     _provide_prepare_finalize()
     _move_experts()
@@ -50,9 +55,16 @@ def make_manager(parallel_config: Any, cpu_group: Any, tcp_store_group: Any) -> 
         ConfigurationError: The combination of options has no use for, or is not supported by, us.
 
     """
+    from vllm.platforms import current_platform
+
     from vllm_efa_ep.vllm_plugin.manager import EfaEpAll2AllManager
 
     name = parallel_config.all2all_backend
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        raise ConfigurationError(
+            f"--all2all-backend {name} runs on NVIDIA GPUs and on CPUs, not on "
+            f"{current_platform.device_name}; choose another backend"
+        )
     if not parallel_config.enable_expert_parallel:
         raise ConfigurationError(
             f"--all2all-backend {name} needs --enable-expert-parallel: without it the experts are not "
@@ -67,8 +79,15 @@ def make_manager(parallel_config: Any, cpu_group: Any, tcp_store_group: Any) -> 
 
 
 def _announce_formats() -> None:
-    """Announce the batched format and the routing tables before a prepare/finalize object exists."""
+    """Announce the batched format and the routing tables before a prepare/finalize object exists.
+
+    CUDA experts of the Standard format take global ids, and some of them to be consecutive on each rank, so
+    vLLM keeps to linear placement there, as with its own backends.
+    """
     from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+    from vllm.platforms import current_platform
+
+    round_robin = BACKEND_NAMES if current_platform.is_cpu() else (LOW_LATENCY,)
 
     extend_property(
         FusedMoEParallelConfig,
@@ -78,7 +97,7 @@ def _announce_formats() -> None:
     extend_property(
         FusedMoEParallelConfig,
         "needs_round_robin_routing_tables",
-        lambda config: config.use_all2all_kernels and is_selected(config),
+        lambda config: config.use_all2all_kernels and config.all2all_backend in round_robin,
     )
 
 

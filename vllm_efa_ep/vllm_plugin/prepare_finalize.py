@@ -11,15 +11,17 @@ from typing import Any, ClassVar, Literal
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
+from vllm.platforms import current_platform
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_maybe_run_recv_hook
 
+from vllm_efa_ep import _core
 from vllm_efa_ep.all_to_all import AllToAll, Dispatched, Handle
 from vllm_efa_ep.errors import ConfigurationError
 from vllm_efa_ep.placement import linear_placement, round_robin_placement
 from vllm_efa_ep.vllm_plugin.error_log import one_line_per_error
 from vllm_efa_ep.vllm_plugin.expert_map import check_expert_map
 from vllm_efa_ep.vllm_plugin.manager import EfaEpAll2AllManager
+from vllm_efa_ep.vllm_plugin.wire_format import WireFormat
 
 PrepareResult = tuple[torch.Tensor, torch.Tensor | None, Any, torch.Tensor | None, torch.Tensor | None]
 """Expert input, its scales, ``ExpertTokensMetadata``, ids and weights of the rows."""
@@ -31,6 +33,14 @@ class _Round:
 
     handle: Handle
     dispatched: Dispatched | None = None
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """What the layer sends its tokens with."""
+
+    all_to_all: AllToAll
+    wire: WireFormat
 
 
 class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignore[misc]
@@ -59,11 +69,9 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
         self._quant_config = quant_config
         placement = round_robin_placement if round_robin else linear_placement
         self._owners = placement(moe.num_experts, manager.world_size)
-        parallel_config = get_current_vllm_config().parallel_config
-        self._channels = parallel_config.num_ubatches if parallel_config.use_ubatching else 1
+        self._channels = _channels(get_current_vllm_config().parallel_config)
         self._rounds: list[_Round | None] = [None] * self._channels
-        self._all_to_all: AllToAll | None = None
-        self._blocks_on_the_wire = False
+        self._exchange: _Exchange | None = None
         self._placement_checked = False
 
     def post_init_setup(self, fused_experts: Any) -> None:
@@ -71,29 +79,30 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
 
         Block-quantised input travels quantised, with its scales; everything else as it is.
         """
-        quant_config = self._quant_config
-        self._blocks_on_the_wire = (
-            quant_config is not None
-            and quant_config.is_block_quantized
-            and not fused_experts.expects_unquantized_inputs
-        )
         moe = self._moe
-        self._all_to_all = self._manager.get_handle(
+        wire = WireFormat.of(
+            moe,
+            self._quant_config,
+            fused_experts.expects_unquantized_inputs,
+            batched=self.activation_format == mk.FusedMoEActivationFormat.BatchedExperts,
+        )
+        all_to_all = self._manager.get_handle(
             {
                 "hidden_size": moe.hidden_dim,
                 "num_experts": moe.num_experts,
                 "top_k": moe.experts_per_token,
                 "max_tokens_per_rank": moe.max_num_tokens,
-                "dtype": quant_config.quant_dtype if self._blocks_on_the_wire else moe.in_dtype,
+                "dtype": wire.dtype,
                 "combine_dtype": moe.in_dtype,
-                "scale_columns": (
-                    -(-moe.hidden_dim // quant_config.block_shape[1]) if self._blocks_on_the_wire else 0
-                ),
+                "payload_columns": wire.columns,
+                "scale_columns": wire.scale_columns,
                 "layout": self.layout,
                 "channels": self._channels,
                 "expert_to_rank": self._owners,
+                "device": current_platform.device_type,
             }
         )
+        self._exchange = _Exchange(all_to_all, wire)
 
     def topk_indices_dtype(self) -> torch.dtype | None:
         """Return the dtype of expert ids that the router must produce."""
@@ -134,12 +143,10 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
                 )
             a1 = a1 * topk_weights.to(a1.dtype)
             topk_weights = torch.ones_like(topk_weights)
-        scales = None
-        if self._blocks_on_the_wire:
-            a1, scales = self._quantize(a1, quant_config)
-
         channel = dbo_current_ubatch_id()
-        all_to_all = self._connected()
+        exchange = self._connected()
+        all_to_all, wire = exchange.all_to_all, exchange.wire
+        a1, scales = wire.pack(a1, quant_config)
         with one_line_per_error():
             handle = all_to_all.dispatch_send(
                 a1.contiguous(), topk_ids, topk_weights.float(), scales=scales, channel=channel
@@ -153,8 +160,9 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
         def result() -> PrepareResult:
             if current.dispatched is None:
                 raise RuntimeError("vLLM asked for dispatched tokens before it called the receive hook")
-            quantize_now = not (self._blocks_on_the_wire or defer_input_quant)
-            return self._expert_input(current.dispatched, quant_config, quantize_now)
+            quantize_now = not (wire.is_quantized or defer_input_quant)
+            scales = wire.scales(current.dispatched.scales, quant_config)
+            return self._expert_input(current.dispatched, scales, quant_config, quantize_now)
 
         return receive, result
 
@@ -182,14 +190,11 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
         if current is None:
             raise RuntimeError("vLLM finalized an MoE layer that it had not prepared")
         self._rounds[channel] = None
-        all_to_all = self._connected()
+        all_to_all = self._connected().all_to_all
+        rows, weights_applied = self._expert_output(fused_expert_output, output, weight_and_reduce_impl)
         dbo_maybe_run_recv_hook()
         with one_line_per_error():
-            all_to_all.combine_send(
-                fused_expert_output,
-                current.handle,
-                weights_applied=self._weights_applied(weight_and_reduce_impl),
-            )
+            all_to_all.combine_send(rows, current.handle, weights_applied=weights_applied)
 
         def receive() -> None:
             with one_line_per_error():
@@ -203,27 +208,49 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
         receive()
 
     @abstractmethod
-    def _expert_input(self, dispatched: Dispatched, quant_config: Any, quantize: bool) -> PrepareResult:
-        """Return ``dispatched`` as the experts want it, quantised if ``quantize`` says so."""
+    def _expert_input(
+        self, dispatched: Dispatched, scales: torch.Tensor | None, quant_config: Any, quantize: bool
+    ) -> PrepareResult:
+        """Return ``dispatched`` as the experts want it, quantised if ``quantize`` says so.
+
+        Args:
+            dispatched: What was received.
+            scales: Its scales, as the experts want them; None if it travelled unquantised.
+            quant_config: vLLM's ``FusedMoEQuantConfig``.
+            quantize: Whether the experts want it quantised now.
+
+        """
 
     @abstractmethod
-    def _weights_applied(self, weight_and_reduce_impl: Any) -> bool:
-        """Return whether the experts have weighted and reduced their output."""
+    def _expert_output(
+        self, rows: torch.Tensor, output: torch.Tensor, weight_and_reduce_impl: Any
+    ) -> tuple[torch.Tensor, bool]:
+        """Return what the experts made of their input, and whether they have weighted and reduced it.
 
-    def _quantize(self, rows: torch.Tensor, quant_config: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        quantized, scales = moe_kernel_quantize_input(
-            rows,
-            quant_config.a1_scale,
-            quant_dtype=quant_config.quant_dtype,
-            per_act_token_quant=quant_config.per_act_token_quant,
-            block_shape=quant_config.block_shape,
-        )
-        return quantized, scales
+        Args:
+            rows: vLLM's ``fused_expert_output``.
+            output: Where the finished tokens will go.
+            weight_and_reduce_impl: What the experts leave to do.
 
-    def _connected(self) -> AllToAll:
-        if self._all_to_all is None:
+        """
+
+    def _connected(self) -> _Exchange:
+        if self._exchange is None:
             raise RuntimeError("vLLM used prepare/finalize before it called post_init_setup")
-        return self._all_to_all
+        return self._exchange
+
+
+def _channels(parallel_config: Any) -> int:
+    """Return how many micro-batches can be under way at once."""
+    if not parallel_config.use_ubatching:
+        return 1
+    channels = int(parallel_config.num_ubatches)
+    if channels > _core.limits()["channels"]:
+        raise ConfigurationError(
+            f"--ubatch-size {channels} needs as many channels, but there are {_core.limits()['channels']}; "
+            "use --enable-dbo, which takes two micro-batches"
+        )
+    return channels
 
 
 def _nothing_left() -> None:

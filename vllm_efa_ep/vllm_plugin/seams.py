@@ -126,18 +126,35 @@ MOE_SEAMS = (
     Seam(
         f"{_MOE}.utils",
         "moe_kernel_quantize_input",
-        ("A", "A_scale", "quant_dtype", "per_act_token_quant", "block_shape"),
+        (
+            *("A", "A_scale", "quant_dtype", "per_act_token_quant", "block_shape"),
+            *("is_scale_swizzled", "mx_alignment"),
+        ),
     ),
+    Seam(f"{_MOE}.config", "FusedMoEQuantConfig.a1_gscale"),
+    Seam(f"{_MOE}.config", "FusedMoEQuantConfig.is_scale_swizzled"),
+    Seam(f"{_MOE}.config", "FusedMoEQuantConfig.mx_alignment"),
     Seam(f"{_MOE}.utils", "normalize_batched_scales_shape", ("scales", "num_experts")),
     Seam("vllm.v1.worker.ubatching", "dbo_current_ubatch_id"),
     Seam("vllm.v1.worker.ubatching", "dbo_maybe_run_recv_hook"),
 )
 """Used by ``moe_patches``, only in workers whose configuration selects one of our backends."""
 
-FAULT_TOLERANCE_SEAMS = (
-    Seam("vllm.v1.worker.sentinel.gpu_worker_sentinel", "FT_BACKEND_SET"),
+_FAULT_QUERIES = (
     Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.query_active_mask"),
     Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.query_fault"),
+)
+
+CUDA_MOE_SEAMS = (
+    *_FAULT_QUERIES,
+    Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.max_sms_used"),
+    Seam("vllm.utils.flashinfer", "nvfp4_block_scale_interleave"),
+)
+"""Used by the manager and ``wire_format`` on the CUDA platform."""
+
+FAULT_TOLERANCE_SEAMS = (
+    *_FAULT_QUERIES,
+    Seam("vllm.v1.worker.sentinel.gpu_worker_sentinel", "FT_BACKEND_SET"),
     Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.clean_buffers"),
 )
 """Used by ``fault_tolerance`` and the manager, only with ``--enable-fault-tolerance``."""
@@ -170,7 +187,7 @@ def platform_seams() -> tuple[Seam, ...]:
 
     if current_platform.is_cpu():
         return (*CONFIG_SEAMS, CPU_COMMUNICATOR_SEAM, *MOE_SEAMS, *CPU_MOE_SEAMS)
-    return (*CONFIG_SEAMS, CUDA_COMMUNICATOR_SEAM, *MOE_SEAMS)
+    return (*CONFIG_SEAMS, CUDA_COMMUNICATOR_SEAM, *MOE_SEAMS, *CUDA_MOE_SEAMS)
 
 
 def problems(seams: Iterable[Seam]) -> list[str]:

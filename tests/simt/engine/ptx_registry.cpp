@@ -1,10 +1,8 @@
 #include "engine/ptx_registry.h"
 
-#include <dlfcn.h>
-
 #include <map>
 #include <memory>
-#include <string>
+#include <utility>
 
 #include "engine/simt.h"
 
@@ -12,39 +10,40 @@ namespace simt::ptx {
 namespace {
 
 struct Entry {
-  KernelFn fn;
+  Kernel kernel;
   std::vector<Param> params;
+  uint32_t max_threads;
 };
 
-std::map<std::string, Entry>& registry() {
-  static std::map<std::string, Entry> entries;
+std::map<HostKernel, Entry>& registry() {
+  static std::map<HostKernel, Entry> entries;
   return entries;
 }
 
 }  // namespace
 
-Registration::Registration(const char* mangled_name, KernelFn fn, std::vector<Param> params) {
-  registry()[mangled_name] = Entry{fn, std::move(params)};
+Registration::Registration(HostKernel host, const char* name, Kernel kernel, std::vector<Param> params,
+                           uint32_t max_threads) {
+  if (!registry().try_emplace(host, Entry{kernel, std::move(params), max_threads}).second) {
+    die("kernel %s has two PTX versions", name);
+  }
 }
 
-bool enabled() { return !registry().empty(); }
+size_t registered() { return registry().size(); }
 
-Body bind(void* host_function, const char* display_name, ParamPack params) {
-  Dl_info info{};
-  if (!dladdr(host_function, &info) || !info.dli_sname || info.dli_saddr != host_function) {
-    die("no symbol name for kernel %s: give it external linkage and link with -rdynamic", display_name);
-  }
-  auto it = registry().find(info.dli_sname);
-  if (it == registry().end()) die("kernel %s (%s) has no PTX version", display_name, info.dli_sname);
-  const Entry& entry = it->second;
+Body bind(HostKernel host, const char* name, ParamPack params, uint32_t threads) {
+  const auto found = registry().find(host);
+  if (found == registry().end()) die("kernel %s has no PTX version", name);
+  const Entry& entry = found->second;
+  if (threads > entry.max_threads) die("%s: %u threads, but at most %u", name, threads, entry.max_threads);
   bool same = entry.params.size() == params.layout().size();
   for (size_t i = 0; same && i < entry.params.size(); i++) {
     same = entry.params[i].offset == params.layout()[i].offset &&
            entry.params[i].bytes == params.layout()[i].bytes;
   }
-  if (!same) die("parameter layout of %s differs between host and PTX", info.dli_sname);
-  auto shared_params = std::make_shared<ParamPack>(std::move(params));
-  return [fn = entry.fn, shared_params]() { fn(shared_params->data()); };
+  if (!same) die("the parameters of %s differ between host and PTX", name);
+  const auto shared_params = std::make_shared<ParamPack>(std::move(params));
+  return [kernel = entry.kernel, shared_params]() { kernel(shared_params->data()); };
 }
 
 }  // namespace simt::ptx

@@ -13,14 +13,19 @@ constexpr size_t kMinAlign = 128;
 constexpr size_t kDynamicAlign = 1024;
 constexpr int kFill = 0xCD;
 
+std::byte* arena(Block* b) {
+  auto& arena = b->shared.arena;
+  if (!arena) {
+    arena.reset(new std::byte[kArenaBytes]);
+    std::memset(arena.get(), kFill, kArenaBytes);
+    if (g_asan) __asan_poison_memory_region(arena.get(), kArenaBytes);
+  }
+  return arena.get();
+}
+
 void* allocate(Block* b, size_t bytes, size_t align) {
   SharedMemory& s = b->shared;
-  if (!s.arena) {
-    s.arena.reset(new unsigned char[kArenaBytes]);
-    std::memset(s.arena.get(), kFill, kArenaBytes);
-    if (g_asan) __asan_poison_memory_region(s.arena.get(), kArenaBytes);
-  }
-  const auto base = reinterpret_cast<uintptr_t>(s.arena.get());
+  const auto base = reinterpret_cast<uintptr_t>(arena(b));
   const uintptr_t address = (base + s.offset + align - 1) & ~(align - 1);
   s.used += bytes;
   s.offset = address - base + bytes + kRedZone;
@@ -50,6 +55,11 @@ void* dyn_shared() {
   Block* b = current_block();
   if (!b->shared.dynamic) b->shared.dynamic = allocate(b, b->launch->dyn_smem, kDynamicAlign);
   return b->shared.dynamic;
+}
+
+std::byte* shared_window() {
+  QuietScope quiet;
+  return arena(current_block());
 }
 
 void release_shared_memory(Block* b) {

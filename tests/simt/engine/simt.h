@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -76,6 +77,7 @@ void warp_sync(uint32_t mask);  // __syncwarp: rendezvous with memory ordering
 // Block-shared memory. `key` identifies the declaration, so that every thread gets the same bytes.
 void* shared_alloc(const void* key, size_t bytes, size_t align);
 void* dyn_shared();
+std::byte* shared_window();  // where the block's shared memory starts
 
 // Async proxy: mbarriers and bulk copies.
 void mbar_init(uint64_t* barrier, uint32_t count);
@@ -127,8 +129,17 @@ void configure(const Config& config);  // before the first launch
 // and so finds kernels that silently assume that the whole grid is resident.
 stream_t stream_create(int device, int max_resident_blocks = 0);
 void stream_sync(stream_t stream);
+bool stream_idle(stream_t stream);  // whether stream_sync() would return at once
 void launch_raw(stream_t stream, dim3 grid, dim3 block, size_t dyn_smem, std::function<void()> body,
                 const char* name);
+
+// Graphs: launches into a stream between begin and end are recorded with their arguments, and not run.
+// graph_launch() runs them in any stream, as often as it is asked, with these very arguments.
+struct Graph;
+void capture_begin(stream_t stream);
+std::shared_ptr<Graph> capture_end(stream_t stream);
+size_t graph_size(const Graph& graph);
+void graph_launch(const Graph& graph, stream_t stream);
 
 // For OS threads that exchange data with kernels (CPU proxies, fake network cards) in TSan builds:
 // call it after reading a command and before touching the data. Without it TSan may drop the
@@ -152,16 +163,17 @@ enum class MemoryKind : uint8_t { device, host, written_by_others };
 void register_range(const void* p, size_t bytes, MemoryKind kind, int device);
 void unregister_ranges(int device);
 
-// Launches a kernel function. When translated PTX kernels are linked into the program (see ptx/),
+// Launches a kernel function. When translated PTX kernels are linked into the program (see ../ptx),
 // the PTX version of the same kernel runs instead.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dyn_smem, stream_t stream,
             const char* name, Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "wrong number of kernel arguments");
-  if (ptx::enabled()) {
+  if (ptx::registered() > 0) {
     ptx::ParamPack pack;
     (pack.add(static_cast<std::decay_t<Params>>(std::forward<Args>(args))), ...);
-    ptx::Body body = ptx::bind(reinterpret_cast<void*>(kernel), name, std::move(pack));
+    ptx::Body body = ptx::bind(reinterpret_cast<ptx::HostKernel>(kernel), name, std::move(pack),
+                               block.x * block.y * block.z);
     launch_raw(stream, grid, block, dyn_smem, std::move(body), name);
   } else {
     auto body = [kernel, ... values = static_cast<std::decay_t<Params>>(std::forward<Args>(args))]() {

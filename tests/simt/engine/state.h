@@ -121,7 +121,7 @@ struct AsyncEngine {
 // ---- blocks, launches, streams, workers --------------------------------------------------------
 
 struct SharedMemory {
-  std::unique_ptr<unsigned char[]> arena;
+  std::unique_ptr<std::byte[]> arena;
   size_t offset = 0, used = 0;
   std::vector<std::pair<const void*, void*>> variables;
   void* dynamic = nullptr;
@@ -155,10 +155,21 @@ struct Launch {
   std::vector<Block*> graveyard;           // see finish_block()
 };
 
+struct Graph {
+  struct Node {
+    dim3 grid, block;
+    size_t dyn_smem;
+    std::function<void()> body;
+    const char* name;
+  };
+  std::vector<Node> nodes;
+};
+
 struct Stream {
   int device, max_resident_blocks;
   std::deque<std::unique_ptr<Launch>> queue;
   std::vector<std::unique_ptr<Launch>> finished;
+  std::unique_ptr<Graph> capture;  // what launches are recorded into instead of being run
 };
 
 struct Worker {

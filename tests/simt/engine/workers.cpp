@@ -302,7 +302,7 @@ void configure(const Config& config) {
 }
 
 stream_t stream_create(int device, int max_resident_blocks) {
-  return new Stream{device, max_resident_blocks, {}, {}};
+  return new Stream{device, max_resident_blocks, {}, {}, nullptr};
 }
 
 void launch_raw(stream_t s, dim3 grid, dim3 block, size_t dyn_smem, std::function<void()> body,
@@ -314,6 +314,10 @@ void launch_raw(stream_t s, dim3 grid, dim3 block, size_t dyn_smem, std::functio
   if (dyn_smem > kSharedMemoryLimit) die("%s: %zu bytes of dynamic smem", name, dyn_smem);
 
   std::lock_guard<std::mutex> lock(g_mutex);
+  if (s->capture != nullptr) {
+    s->capture->nodes.push_back({grid, block, dyn_smem, std::move(body), name});
+    return;
+  }
   start_workers_locked();
   auto launch = std::make_unique<Launch>();
   launch->body = std::move(body);
@@ -334,6 +338,7 @@ void stream_sync(stream_t s) {
   if (g_config.workers < 0 && !g_workers.empty()) run_inline(s);
   Watchdog watchdog;
   std::unique_lock<std::mutex> lock(g_mutex);
+  if (s->capture != nullptr) die("a stream that is captured was waited for");
   // The system clock on purpose: pthread_cond_clockwait is unknown to older TSan runtimes.
   while (!g_launch_done.wait_until(lock, std::chrono::system_clock::now() + std::chrono::seconds(1),
                                    [s]() { return s->queue.empty(); })) {
@@ -344,6 +349,33 @@ void stream_sync(stream_t s) {
     for (Block* b : launch->graveyard) delete_block(b);
   }
   s->finished.clear();
+}
+
+bool stream_idle(stream_t s) {
+  if (g_config.workers < 0) return true;  // work is done in stream_sync()
+  std::lock_guard<std::mutex> lock(g_mutex);
+  if (s->capture != nullptr) die("a stream that is captured was asked for its state");
+  return s->queue.empty();
+}
+
+void capture_begin(stream_t s) {
+  std::lock_guard<std::mutex> lock(g_mutex);
+  if (s->capture != nullptr) die("a stream is captured twice");
+  s->capture = std::make_unique<Graph>();
+}
+
+std::shared_ptr<Graph> capture_end(stream_t s) {
+  std::lock_guard<std::mutex> lock(g_mutex);
+  if (s->capture == nullptr) die("a capture ends that did not begin");
+  return std::move(s->capture);
+}
+
+size_t graph_size(const Graph& graph) { return graph.nodes.size(); }
+
+void graph_launch(const Graph& graph, stream_t s) {
+  for (const Graph::Node& node : graph.nodes) {
+    launch_raw(s, node.grid, node.block, node.dyn_smem, node.body, node.name);
+  }
 }
 
 void host_thread_checkpoint() {

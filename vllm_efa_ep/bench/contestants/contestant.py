@@ -1,6 +1,7 @@
 """The interface of everything that is timed."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,15 +19,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Scratch:
-    """A cell's buffers by name, shared by its contestants, which never run at the same time."""
+    """A cell's buffers by name, shared by its contestants, which never run at the same time.
 
+    Attributes:
+        device: Where they are.
+
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def rows(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """Return buffer ``name`` as ``[rows, columns]``, grown if it is too small."""
         count = rows * columns * dtype.itemsize
         if name not in self._buffers or self._buffers[name].numel() < count:
-            self._buffers[name] = torch.empty(count, dtype=torch.uint8)
+            self._buffers[name] = torch.empty(count, dtype=torch.uint8, device=self.device)
         return self._buffers[name][:count].view(dtype).view(rows, columns)
 
     def poison(self) -> None:
@@ -42,7 +49,8 @@ class Workplace:
     Attributes:
         bootstrap: Connects the ranks; what this package starts from.
         settings: Settings for this package.
-        gloo: Process group, for the contestants on gloo; None where the launcher made none.
+        groups: Process groups by backend, for the contestants on gloo and NCCL; none where the launcher
+            made none.
         mpi_world: MPI communicator, for the contestant on MPI; None where the launcher was not mpirun.
         bare_writes_library: The built ``benchmarks/bare_writes.cpp``, for that floor.
         scratch: Shared buffers.
@@ -51,25 +59,24 @@ class Workplace:
 
     bootstrap: Bootstrap
     settings: Settings
-    gloo: dist.ProcessGroup | None = None
+    groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
     mpi_world: "MPI.Intracomm | None" = None
     bare_writes_library: str = ""
     scratch: Scratch = field(default_factory=Scratch)
 
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The process group of gloo.
+    def group(self, backend: str) -> dist.ProcessGroup:
+        """Return the process group of a backend of torch.distributed.
 
         Raises:
             ConfigurationError: There is none.
 
         """
-        if self.gloo is None:
+        if backend not in self.groups:
             raise ConfigurationError(
-                "the contestants on gloo need a torch process group, which this launcher does not make; "
-                "leave --against away, or launch with torchrun"
+                f"the contestants on {backend} need a torch process group, which this launcher does not "
+                "make; leave --against away, or launch with torchrun"
             )
-        return self.gloo
+        return self.groups[backend]
 
     @property
     def mpi(self) -> "MPI.Intracomm":

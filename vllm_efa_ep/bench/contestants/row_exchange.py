@@ -27,12 +27,12 @@ class RowExchange(Contestant):
         words = sum(self._widths)
         combine_words = cell.combine_row_bytes // WORD.itemsize
         rows = cell.world * cell.tokens
-        self._packed = torch.empty(cell.tokens, words, dtype=WORD)
+        self._packed = torch.empty(cell.tokens, words, dtype=WORD, device=problem.device)
         self._sent = workplace.scratch.rows("sent", rows, words, WORD)
         self._received = workplace.scratch.rows("received", rows, words, WORD)
         # The rows that come back may overwrite the rows that were sent.
         self._returned = workplace.scratch.rows("sent", rows, combine_words, WORD)
-        self._owners = torch.empty(cell.tokens, cell.world, dtype=torch.bool)
+        self._owners = torch.empty(cell.tokens, cell.world, dtype=torch.bool, device=problem.device)
         self._expert_output = problem.expert_output.view(WORD)
 
     @abstractmethod

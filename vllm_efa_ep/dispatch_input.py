@@ -1,0 +1,76 @@
+"""What ``dispatch_send`` is given, checked, and as the halves take it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_efa_ep.all_to_all_config import AllToAllConfig
+from vllm_efa_ep.argument_checks import check, checked
+from vllm_efa_ep.errors import ConfigurationError
+from vllm_efa_ep.rank_memory import Halves
+
+
+@dataclass(frozen=True)
+class DispatchInput:
+    """Tokens of one round. The tensors must live until the half has read them."""
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    count: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        config: AllToAllConfig,
+        device: torch.device,
+        in_place: torch.Tensor | None,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        scales: torch.Tensor | None,
+        count: torch.Tensor | None,
+    ) -> "DispatchInput":
+        """Check everything but the values; ``in_place`` is the channel's ``activations()``, if it has any.
+
+        Raises:
+            ConfigurationError: A shape, dtype or device is wrong; the message names it and the remedy.
+
+        """
+        tokens = x.shape[0] if x.ndim > 0 else 0
+        check("x", x, (tokens, config.columns), (config.input_dtype,), device)
+        if in_place is None or x.stride() != in_place.stride():  # rows elsewhere must lie side by side
+            x = x.contiguous()
+        shape = (tokens, config.top_k)
+        topk_ids = checked("topk_ids", topk_ids, shape, (torch.int32, torch.int64), device)
+        topk_weights = checked("topk_weights", topk_weights, shape, (torch.float32,), device)
+        if (scales is not None) != (config.scale_columns > 0):
+            raise ConfigurationError(
+                f"scales are {'given' if scales is not None else 'missing'}, but scale_columns is "
+                f"{config.scale_columns}; pass float32 scales [tokens, scale_columns] exactly if it is not 0"
+            )
+        if scales is not None:
+            scales = checked("scales", scales, (tokens, config.scale_columns), (torch.float32,), device)
+        if count is not None:
+            check("count", count, (1,), (torch.int32,), device)
+        return cls(x, scales, topk_ids, topk_weights, count)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of ``x``."""
+        return self.x.shape[0]
+
+    def send(self, halves: Halves, channel: int) -> None:
+        """Start the round."""
+        halves.dispatch_send(
+            channel,
+            self.x.data_ptr(),
+            self.x.stride(0) * self.x.itemsize,
+            self.scales.data_ptr() if self.scales is not None else 0,
+            self.topk_ids.data_ptr(),
+            self.topk_ids.dtype == torch.int64,
+            self.topk_weights.data_ptr(),
+            self.tokens,
+            self.count.data_ptr() if self.count is not None else 0,
+        )
