@@ -43,7 +43,11 @@ using Vector [[gnu::may_alias, gnu::vector_size(sizeof(T) * kElements)]] = T;
 
 template <class T, int kElements, class P>
 auto& vector_at(P* pointer) {
-  check_align(pointer, sizeof(T) * kElements);
+  if constexpr (sizeof(T) * kElements == 16) {
+    note_vector(pointer, !std::is_const_v<P>);
+  } else {
+    check_align(pointer, sizeof(T) * kElements);
+  }
   using Memory = std::conditional_t<std::is_const_v<P>, const Vector<T, kElements>, Vector<T, kElements>>;
   return *reinterpret_cast<Memory*>(pointer);
 }
@@ -54,7 +58,6 @@ void ld(D& d, const std::byte* pointer) {
 }
 template <class T, class... D>
 void ld(const std::byte* pointer, D&... d) {
-  if constexpr (sizeof(T) * sizeof...(D) == 16) note_vector(pointer, false);
   const auto vector = vector_at<BitsOf<T>, sizeof...(D)>(pointer);
   int element = 0;
   (set(d, static_cast<BitsOf<T>>(vector[element++])), ...);
@@ -62,7 +65,6 @@ void ld(const std::byte* pointer, D&... d) {
 template <class T, class... A>
 void st(std::byte* pointer, A... a) {
   constexpr int kElements = sizeof...(A);
-  if constexpr (sizeof(T) * kElements == 16) note_vector(pointer, true);
   vector_at<BitsOf<T>, kElements>(pointer) = Vector<BitsOf<T>, kElements>{as<BitsOf<T>>(a)...};
 }
 
