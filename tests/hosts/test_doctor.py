@@ -22,7 +22,7 @@ def _examine(cluster: RayCluster, status: int) -> dict[str, Any]:
     """Run the command on the first host and return its report."""
     head = cluster.hosts[0]
     ended = subprocess.run(
-        head.command(["vllm-efa-ep", "doctor", "--ray", "--json", "--timeout", "20"]),
+        head.command(["vllm-efa-ep", "doctor", "--ray", "--json"]),
         env=environment_on(head, cluster.settings),
         capture_output=True,
         text=True,

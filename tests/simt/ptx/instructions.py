@@ -2,8 +2,8 @@
 
 A form is a regular expression for the whole opcode, so one unknown modifier makes the instruction unknown.
 Modifiers that need nothing on a CPU are cache hints, `.aligned`, `.uni` and `.global`. Some forms that look
-simple are left out: `.ftz` and approximations, whose results are the GPU's own, and `add.f32` or `mul.f32`
-without `.rn`, which the assembler may contract.
+simple are left out: `.ftz` and approximations, whose results are the GPU's own, and `add.f32` and `sub.f32`
+without `.rn`, which the assembler may contract with a `mul.f32` without it.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ FORMS = [
     _form(r"(?P<op>abs|neg)\.(?P<type>s(?:16|32|64))", "d a", "{op}<{type}>"),
     # Floating point; what rounds says how
     _form(rf"(?P<op>add|sub|mul|div)\.rn{FLOAT}", "d a a", "{op}_rn<{type}>"),
+    _form(rf"mul{FLOAT}", "d a a", "mul_rn<{type}>"),
     _form(rf"fma\.rn{FLOAT}", "d a a a", "fma_rn<{type}>"),
     _form(rf"(?P<op>rcp|sqrt)\.rn{FLOAT}", "d a", "{op}_rn<{type}>"),
     _form(rf"(?P<op>min|max){FLOAT}", "d a a", "{op}<{type}>"),
@@ -102,6 +103,9 @@ FORMS = [
     _form(r"cvta\.to\.shared\.u64", "d a S", "generic_to_shared"),
     _form(rf"cvt\.(?P<type>[us](?:8|16|32|64)){FROM_INTEGER}", "d a", "cvt<{type}, {source}>"),
     _form(rf"cvt\.rn{FLOAT}{FROM_INTEGER}", "d a", "cvt<{type}, {source}>"),
+    _form(
+        r"cvt\.rzi\.(?P<type>[us](?:32|64))\.(?P<source>f32|f64)", "d a", "cvt_to_integer<{type}, {source}>"
+    ),
     _form(r"cvt\.f64\.f32", "d a", "cvt<f64, f32>"),
     _form(r"cvt\.rn\.f32\.f64", "d a", "cvt<f32, f64>"),
     _form(r"cvt\.f32\.(?P<source>f16|bf16)", "d a", "f32_from_{source}"),

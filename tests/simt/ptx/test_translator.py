@@ -39,7 +39,7 @@ def _translate(instruction: str) -> str:
         "frobnicate.b32 %r1, %r2;",
         "add.s32.sat %r1, %r2, %r3;",
         "add.ftz.f32 %r1, %r2, %r3;",
-        "mul.f32 %r1, %r2, %r3;",
+        "add.f32 %r1, %r2, %r3;",
         "ex2.approx.f32 %r1, %r2;",
         "add.s32 %r1, %r2;",
         "add.s32 %r1, %r2, {%r2, %r3};",

@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include <limits>
+
 #include "ptx/runtime/values.h"
 
 namespace simt::ptx {
@@ -34,6 +36,22 @@ void unpack(A a, Elements&... elements) {
 template <class To, class From, class D, class A>
 void cvt(D& d, A a) {
   set(d, canonical(static_cast<To>(as<From>(a))));
+}
+
+/// Towards zero; what is too large becomes the largest integer. NaN becomes 0 if all is of 32 bits, and an
+/// integer's highest bit otherwise.
+template <class To, class From, class D, class A>
+void cvt_to_integer(D& d, A a) {
+  using Limits = std::numeric_limits<To>;
+  const From value = as<From>(a);
+  if (std::isnan(value)) {
+    const bool is_short = sizeof(To) == 4 && sizeof(From) == 4;
+    set(d, is_short ? To{0} : static_cast<To>(u64{1} << (8 * sizeof(To) - 1)));
+  } else if (value >= std::ldexp(From{1}, Limits::digits)) {
+    set(d, Limits::max());
+  } else {
+    set(d, value <= static_cast<From>(Limits::min()) ? Limits::min() : static_cast<To>(value));
+  }
 }
 
 template <class A>

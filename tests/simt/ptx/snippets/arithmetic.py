@@ -203,6 +203,7 @@ def floats() -> Iterator[Snippet]:
     yield snippet("add.rn.f32 %d, %a, %b;", lambda x, y: x + y, lambda x, y: x + y)
     yield snippet("sub.rn.f32 %d, %a, %b;", lambda x, y: x - y, lambda x, y: x - y)
     yield snippet("mul.rn.f32 %d, %a, %b;", lambda x, y: x * y, lambda x, y: x * y)
+    yield snippet("mul.f32 %d, %a, %b;", lambda x, y: x * y, lambda x, y: x * y)
     yield snippet("fma.rn.f32 %d, %a, %b, %c;", lambda x, y, z: x * y + z, lambda x, y, z: x * y + z)
     yield Snippet("div.rn.f32 %d, %a, %b;", "b32", "b32 b32", lambda x, y: _quotient(f32(x), f32(y)))
     yield Snippet("rcp.rn.f32 %d, %a;", "b32", "b32", lambda x: _quotient(1.0, f32(x)))
@@ -230,9 +231,24 @@ def floats() -> Iterator[Snippet]:
     yield Snippet("cvt.f32.f16 %d, %a;", "b32", "b16", lambda x: bits32(f16(x)))
     yield Snippet("cvt.f64.f32 %d, %a;", "b64", "b32", lambda x: bits64(f32(x)))
     for kind in ("s32", "u32", "s64", "u64"):
+        for source, number in (("f32", f32), ("f64", f64)):
+            yield Snippet(
+                f"cvt.rzi.{kind}.{source} %d, %a;", f"b{kind[1:]}", f"b{source[1:]}",
+                lambda x, n=number, k=kind, s=source: _integer(n(x), k, k[1:] == s[1:] == "32"),
+            )  # fmt: skip
         yield Snippet(
             f"cvt.rn.f32.{kind} %d, %a;", "b32", f"b{kind[1:]}", lambda x, k=kind: bits32(Fraction(of(k, x)))
         )  # fmt: skip
+
+
+def _integer(value: float, kind: str, is_short: bool) -> int:
+    width = int(kind[1:])
+    if math.isnan(value):
+        return 0 if is_short else 1 << (width - 1)
+    low, high = (-(1 << (width - 1)), (1 << (width - 1)) - 1) if kind[0] == "s" else (0, (1 << width) - 1)
+    if math.isinf(value):
+        return (high if value > 0 else low) % (1 << width)
+    return max(low, min(high, math.trunc(value))) % (1 << width)
 
 
 def _quotient(x: float, y: float) -> int:
