@@ -117,6 +117,7 @@ def test_a_store_without_its_host_is_an_error_in_time(number: signal.Signals) ->
         ended = world.ended(1)
         assert ended.error is None, ended.message
         assert "the store of torch.distributed does not answer" in ended.value
+        assert "its host (usually rank 0)" in ended.value
         assert world.exit_codes([1]) == [0]
 
 
