@@ -1,12 +1,10 @@
 #include "cpu/row_math.h"
 
+#include <emmintrin.h>
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
-#include <emmintrin.h>
-#include <emmintrin.h>
-#include <emmintrin.h>
 #include <utility>
 
 // One build for every x86-64, with the widest vectors of the CPU chosen at load time. Sanitizers instrument

@@ -38,7 +38,7 @@ NARROW = [
     ),
 ]
 # A release per row, a second one per chunk, one for every flag of a list that one would do for, and none
-FENCES = [
+RELEASES = [
     Fault(
         "submit.cuh",
         "  const Chunking chunking = chunking_of(at, operation, rows);\n",
@@ -57,6 +57,10 @@ FENCES = [
     ),
     Fault("combine_send.cu", "dp::st_release_sys(flag,", "dp::st_relaxed_sys(flag,", "combine_send.cu"),
 ]
+# An acquire that is a release as well
+ACQUIRE = Fault("device_primitives.cuh", "fence.acquire.sys;", "fence.acq_rel.sys;", "combine_recv.cu")
+# Room for fewer blocks: the compiler takes more registers.
+REGISTERS = Fault("kernel.cuh", "kBlocksPerSm = 4;", "kBlocksPerSm = 1;", "combine_send.cu")
 # A row's numbers are kept for later in more registers than there are: ptxas spills.
 SPILL = Fault(
     "combine_send.cu",
@@ -103,7 +107,8 @@ def _keeps_to(gate: gates.Gate, cubin: pathlib.Path) -> bool:
 @pytest.mark.parametrize(
     ("fault", "gate"),
     [(fault, gates.sixteen_bytes_at_a_time) for fault in NARROW]
-    + [(fault, gates.fences_where_listed) for fault in FENCES],
+    + [(fault, gates.releases_where_listed) for fault in RELEASES]
+    + [(ACQUIRE, gates.acquires_wait_for_no_writes)],
 )
 def test_a_planted_fault_is_refused(fault: Fault, gate: gates.Gate, tmp_path: pathlib.Path) -> None:
     """The compiler takes the fault, and the gate for it refuses the code."""
@@ -119,3 +124,10 @@ def test_a_planted_spill_is_refused_by_the_compiler(fault: Fault, tmp_path: path
     status, log, _ = _compile(fault, tmp_path)
     assert status != 0
     assert "spill" in log or "ocal memory" in log, log
+
+
+def test_too_many_registers_are_refused(tmp_path: pathlib.Path) -> None:
+    """A kernel that takes what one block per SM may have is over the limit."""
+    status, log, _ = _compile(REGISTERS, tmp_path)
+    assert status == 0, log
+    assert max(sass.registers(log)) > gates.MOST_REGISTERS

@@ -39,12 +39,22 @@ def test_registers_leave_room_for_four_blocks_per_sm(
 
 
 @pytest.mark.parametrize(
-    "gate", [gates.no_local_memory, gates.sixteen_bytes_at_a_time, gates.fences_where_listed]
+    "gate",
+    [
+        gates.no_local_memory,
+        gates.sixteen_bytes_at_a_time,
+        gates.releases_where_listed,
+        gates.acquires_wait_for_no_writes,
+    ],
 )
 def test_gates(
-    gate: gates.Gate, compiled: tuple[list[str], list[tuple[str, list[sass.Instruction]]]]
+    gate: gates.Gate,
+    compiled: tuple[list[str], list[tuple[str, list[sass.Instruction]]]],
+    request: pytest.FixtureRequest,
 ) -> None:
     """Each kernel keeps to each gate."""
-    assert {name for name, _ in compiled[1]} == set(gates.FENCES)
+    if gate is gates.acquires_wait_for_no_writes and "sm_80" in request.node.name:
+        pytest.skip("sm_80 has no fences of one side")
+    assert {name for name, _ in compiled[1]} == set(gates.RELEASES)
     for kernel, code in compiled[1]:
         gate(kernel, code)
