@@ -135,7 +135,7 @@ def test_a_rank_that_was_frozen_comes_back(backend: str, models: dict[str, Path]
 def test_a_rank_that_is_dead_ends_the_others_when_the_time_for_recovery_is_over(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Nobody hangs. A retry does not help: vLLM connects all its ranks before we may agree on the live ones."""
+    """Nobody hangs. A retry would not help: vLLM connects all its ranks before we agree on the live ones."""
     environment = environment_of(signal.SIGKILL, tmp_path)
     with two_servers(models["qwen3_moe"], "low_latency", environment, tmp_path) as servers:
         assert servers[0].complete(PROMPTS[0])
