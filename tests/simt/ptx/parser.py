@@ -107,14 +107,23 @@ def split_operands(text: str) -> list[str]:
     return [part.strip() for part in re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", text) if part.strip()]
 
 
+def _without_comments(text: str) -> str:
+    """Keep lines where they are, and strings as they are: paths of files may contain ``//``."""
+
+    def kept(match: re.Match[str]) -> str:
+        found = match.group()
+        return found if found.startswith('"') else "\n" * found.count("\n")
+
+    return re.sub(r'"[^"\n]*"|//[^\n]*|/\*.*?\*/', kept, text, flags=re.S)
+
+
 class Parser:
     """One pass over a file. What it does not know is a PtxError."""
 
     def __init__(self, path: str, text: str) -> None:
         """`text` is the file's content; `path` is for messages."""
         self._path = path
-        keep_lines = lambda match: "\n" * match.group().count("\n")  # noqa: E731
-        self._text = re.sub(r"//[^\n]*|/\*.*?\*/", keep_lines, text, flags=re.S)
+        self._text = _without_comments(text)
         self._line_ends = [match.start() for match in re.finditer("\n", self._text)]
         self._at = 0
         # .file directives stand at the end.

@@ -98,6 +98,13 @@ def test_what_is_known_gets_through() -> None:
     assert "{{0, 8}, {8, 24}}, 256)" in code
 
 
+def test_a_path_with_two_slashes_is_no_comment() -> None:
+    """As nvcc names its own headers where it was installed as a wheel."""
+    kernel = KERNEL.format(".loc 2 35 5\n\tadd.s32 %r1, %r2, %r3;")
+    kernel += '.file 1 "bin/..//include/cuda_bf16.hpp"\n.file 2 "kernel.cuh" // the kernel\n'
+    assert '#line 35 "kernel.cuh"' in translate(parse("kernel.ptx", kernel))
+
+
 def test_the_command_writes_nothing_after_an_error(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
