@@ -47,12 +47,13 @@ TEST_P(OnEmulatedNetwork, OutputsAreThePlans) {
     WorldConfig config =
         config_of(nodes, ranks_per_node, test_seed(300 * nodes + 30 * ranks_per_node) + turn);
     config.rounds = amount(kSanitized ? 2 : 4, 8);
-    const char* profile = turn % 3 == 2 ? "p5en" : "hostile";
+    EmulatedProfile profile = emulated_profile(turn % 3 == 2 ? "p5en" : "hostile");
+    profile.send_queue_depth = 1;  // full on any schedule
     const CudaRank::Options options{.num_sms = kSanitized ? 1u : 2u, .ring_capacity = 8u << turn % 4};
-    EmulatedCudaWorld world(config, emulated_profile(profile), options);
+    EmulatedCudaWorld world(config, profile, options);
     world.run(plan_rounds(config));
     for (uint32_t rank = 0; rank < config.world(); ++rank) {
-      EXPECT_TRUE(world.end(rank).finished) << "rank " << rank << " on " << profile;
+      EXPECT_TRUE(world.end(rank).finished) << "rank " << rank << " on " << profile.name;
       const EmulatedCounters counters = world.counters(rank);
       EXPECT_EQ(counters.changed_sources, 0u) << "rank " << rank << " reused rows that were on their way";
       EXPECT_EQ(counters.posted, counters.completed);
