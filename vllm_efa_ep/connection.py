@@ -120,12 +120,16 @@ def connect(
     return Connection(memory, arenas, world.index, fabric, proxy, watch, delays_ns)
 
 
+_Allocated = tuple[Arena, DescriptorExchange | None]
+"""A rank's arena, and how its descriptor is handed over, if it is by one."""
+
+
 def _share_memory(
     world: World, layout: _core.Layout, bootstrap: Bootstrap, timeout_s: float, memory: RankMemory
 ) -> list[Arena]:
     with ExitStack() as cleanup:
 
-        def allocate() -> tuple[tuple[Arena, DescriptorExchange | None], bytes]:
+        def allocate() -> tuple[_Allocated, bytes]:
             arena = memory.create(layout.total_bytes)
             if fabric_handle := memory.fabric_handle(arena):  # a secret of the run, as invitations are
                 return (arena, None), fabric_handle

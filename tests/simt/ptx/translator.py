@@ -77,7 +77,7 @@ class Translator:
                 f'extern "C" void {name}();',
                 f"static void ptx_{name}(const std::byte* const P) {{",
                 "  const CudaThread& T = cur();",
-                "  std::byte* const S = shared_window();",
+                "  [[maybe_unused]] std::byte* const S = shared_window();",
                 *body,
                 "}",
                 f'static const Registration registration_{name}(&{name}, "{name}", '
@@ -110,7 +110,8 @@ class Translator:
             if statement.type not in REGISTERS:
                 self._fail(f"registers of type {statement.type}")
             kind = REGISTERS[statement.type]
-            return f"{kind} {', '.join(self._declare(name) + ' = undefined' for name in statement.names)};"
+            registers = ", ".join(f"{self._declare(name)} = undefined" for name in statement.names)
+            return f"[[maybe_unused]] {kind} {registers};"
         if isinstance(statement, Shared):
             self._shared += 1
             return (
