@@ -115,7 +115,8 @@ class Translator:
         if isinstance(statement, Shared):
             self._shared += 1
             return (
-                f"static const char key{self._shared} = 0; const b64 {self._declare(statement.name)} = "
+                f"static const char key{self._shared} = 0; "
+                f"[[maybe_unused]] const b64 {self._declare(statement.name)} = "
                 f"shared_variable(S, &key{self._shared}, {statement.bytes}, {statement.align});"
             )
         return self._scope(statement)
