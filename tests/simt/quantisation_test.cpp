@@ -136,7 +136,7 @@ TEST_P(FusedQuantisation, OfEveryNumberIsEqualOnBothDevices) {
         stream, dim3(1), dim3(32), 0,
         [&] {
           DP_SHARED(cuda::RowList, rows);
-          rows.row[0] = made.data();
+          if (cuda::lane_id() == 0) rows.row[0] = made.data();
           __syncwarp();
           (power_of_2 ? cuda::quantise_row<Quantisation::kFp8PowerOf2>
                       : cuda::quantise_row<Quantisation::kFp8>)(row.data(), rows, 1, 0, kValues, kValues);
