@@ -1,7 +1,7 @@
 """Plants the bugs of mutations.txt in the CUDA kernels, one at a time, and counts those that the tests find.
 
 Only kernels that contain the changed file are compiled again, with their commands of the given CMake trees,
-and linked before the library that has the right ones. A bug counts as found when a test fails, a kernel does
+and linked before the right ones. A bug counts as found when a test fails, a kernel does
 not end, the engine objects, or ThreadSanitizer reports a race: as the tests run in `make test-cpp`, on random
 schedules, or under ThreadSanitizer as in `make test-simt`, which goes first where only it can find the bug.
 
@@ -118,8 +118,9 @@ class Tree:
         target = work / program
         words = self._link[program].copy()
         words[words.index("-o") + 1] = str(target)
-        library = words.index("simt/libsimt_kernels.a")
-        subprocess.run([*words[:library], *objects, *words[library:]], check=True, cwd=self._build)
+        # First of all: a test that includes a header of the kernels has its functions; the first ones count.
+        tests = next(at for at, word in enumerate(words) if word.endswith(".o"))
+        subprocess.run([*words[:tests], *objects, *words[tests:]], check=True, cwd=self._build)
         return target
 
 
