@@ -97,6 +97,11 @@ class Gpu:
         call(f"waiting for GPU {self.ordinal}", "cuCtxSynchronize")
 
 
+def _supports(ordinal: int, attribute: Any) -> bool:
+    what = f"asking what GPU {ordinal} can do"
+    return bool(call(what, "cuDeviceGetAttribute", attribute, call(what, "cuDeviceGet", ordinal)))
+
+
 def open_gpu(ordinal: int) -> Gpu:
     """Open a GPU, make it this thread's, and check that processes can share its memory.
 
@@ -114,9 +119,6 @@ def open_gpu(ordinal: int) -> Gpu:
     except CudaError as error:
         raise DeviceUnavailableError(str(error)) from error
 
-    def supports(attribute: Any) -> bool:
-        return bool(call(f"asking what GPU {ordinal} can do", "cuDeviceGetAttribute", attribute, device))
-
     for attribute, lacks, remedy in (
         (
             attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
@@ -129,7 +131,7 @@ def open_gpu(ordinal: int) -> Gpu:
             "use a Linux driver, not WSL",
         ),
     ):
-        if not supports(attribute):
+        if not _supports(ordinal, attribute):
             raise DeviceUnavailableError(
                 f"GPU {ordinal} lacks {lacks} ({attribute.name} is 0), without which ranks cannot share "
                 f"memory; {remedy}"
@@ -138,7 +140,7 @@ def open_gpu(ordinal: int) -> Gpu:
     return Gpu(
         ordinal,
         bus_id.split(b"\0")[0].decode(),
-        supports_dmabuf=supports(attributes.CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED),
+        supports_dmabuf=_supports(ordinal, attributes.CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED),
         context=context,
     )
 
@@ -151,7 +153,7 @@ def require_rdma(gpu: Gpu) -> None:
 
     """
     attribute = bindings().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
-    if not call(f"asking what GPU {gpu.ordinal} can do", "cuDeviceGetAttribute", attribute, gpu.ordinal):
+    if not _supports(gpu.ordinal, attribute):
         raise DeviceUnavailableError(
             f"NICs cannot reach the memory of GPU {gpu.ordinal} ({attribute.name} is 0); use a data-centre "
             "GPU and, in a virtual machine, one that is passed through with its NICs"
@@ -166,7 +168,7 @@ def require_fabric_handles(gpu: Gpu) -> None:
 
     """
     attribute = bindings().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED
-    if not call(f"asking what GPU {gpu.ordinal} can do", "cuDeviceGetAttribute", attribute, gpu.ordinal):
+    if not _supports(gpu.ordinal, attribute):
         raise DeviceUnavailableError(
             f"GPU {gpu.ordinal} has no fabric handles ({attribute.name} is 0): it is not in a multi-node "
             "NVLink domain, or its driver is not set up for one; set EFA_EP_GPU_HANDLES=descriptor, or check "
