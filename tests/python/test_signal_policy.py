@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from settled import settled
 from thread_world import Meeting, run_ranks, run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, Stats
@@ -23,7 +24,7 @@ def _run(policy: str) -> list[tuple[torch.Tensor, Stats]]:
             got, handle = all_to_all.dispatch(x, ids, torch.ones(ids.shape))
             out = all_to_all.combine(got.x * 2, handle)
         meeting.wait()
-        return out, all_to_all.stats()
+        return out, settled(all_to_all)
 
     return run_world(_CONFIG, _SIZE, settings_of(1, signal_policy=policy, chunk_bytes=200), body)
 

@@ -9,7 +9,6 @@ import ctypes
 import gc
 import os
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from process_world import ProcessWorld, Rank
+from settled import settled
 from thread_world import settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, Stats
@@ -117,15 +117,6 @@ class _Round:
         assert torch.equal(self._all_to_all.combine_recv(self._handle), self._expected)
 
 
-def _settled(all_to_all: AllToAll) -> Stats:
-    """Return the counters once all own writes are complete."""
-    deadline = time.monotonic() + 30.0
-    while (stats := all_to_all.stats()).completions != stats.writes:
-        assert time.monotonic() < deadline, stats
-        threading.Event().wait(0.001)
-    return stats
-
-
 def _live(rank: Rank, ranks_per_node: int, number: int, rounds: int) -> Life:
     bootstrap = rank.bootstrap
     settings = settings_of(ranks_per_node, nics_per_rank=2, chunk_bytes=700)
@@ -139,7 +130,7 @@ def _live(rank: Rank, ranks_per_node: int, number: int, rounds: int) -> Life:
             for each in playing:
                 each.finish()
         bootstrap.all_gather(b"")  # all have all results
-        stats = _settled(all_to_all)
+        stats = settled(all_to_all)
     bootstrap.all_gather(b"")  # all have closed
     return Life(stats, Holdings.now())
 

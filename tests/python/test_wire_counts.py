@@ -1,7 +1,5 @@
 """What crosses the network in a round: the number of writes and bytes, and nothing else."""
 
-import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -9,18 +7,10 @@ import torch
 from formulas import Wire, row_bytes, wire_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thread_world import DEADLINE_S, Meeting, run_world, settings_of
+from settled import settled
+from thread_world import Meeting, run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, Stats
-
-
-def _settled(all_to_all: AllToAll, writes: int) -> Stats:
-    """Return the counters once at least ``writes`` writes are complete here."""
-    deadline = time.monotonic() + DEADLINE_S
-    while all_to_all.stats().completions < writes:
-        assert time.monotonic() < deadline, f"{all_to_all.stats()}: {writes} writes were expected"
-        threading.Event().wait(0.001)
-    return all_to_all.stats()
 
 
 def _measure(
@@ -41,7 +31,7 @@ def _measure(
             rows = torch.zeros((got.x.shape[0], config.hidden_size), dtype=config.combine_dtype)
             all_to_all.combine(rows, handle)
         meeting.wait()
-        after = _settled(all_to_all, all_to_all.stats().writes)
+        after = settled(all_to_all)
         meeting.wait()
         assert _counts(all_to_all.stats()) == _counts(after), "something moved after the last round"
         wire = Wire(after.writes // rounds, after.bytes_written // rounds, after.network_rows // rounds)
