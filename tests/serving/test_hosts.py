@@ -23,7 +23,7 @@ from ray_cluster import RayCluster, ray_cluster
 _HOSTS = 4
 _PORT = 8000
 # Nine processes that import vLLM, on whatever cores this machine has left.
-_START_SECONDS = 400
+_START_SECONDS = 900
 _HOST_TIMEOUT_S = 5
 _TIMEOUT_S = 30
 
