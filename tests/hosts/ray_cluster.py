@@ -81,7 +81,7 @@ def ray_cluster(
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "SHARED_DIRECTORY": directory,
-            # A node that was started anew is missed as the old one for five of these; the default is 3000.
+            # How often Ray looks whether a node is there: five times in vain, and it is lost. Default: 3000.
             "RAY_health_check_period_ms": "500",
             **(settings or {}),
         }
