@@ -11,8 +11,14 @@ from vllm_efa_ep.errors import RankExcludedError, RankTimeoutError
 from vllm_efa_ep.membership import Agreement, Membership
 from vllm_efa_ep.stand_in import servers
 
-_SOON_S = 1.0
+_SOON_S = 0.1
 _NEVER_S = 1000.0
+
+
+def _come(rendezvous: Rendezvous, generation: int, ranks: Sequence[int]) -> None:
+    """Let ranks be there before anybody's window begins: it is over when a thread happens to run."""
+    for rank in ranks:
+        rendezvous.published[f"here/{generation}/{rank}"] = "0"
 
 
 def _agree(
@@ -21,6 +27,7 @@ def _agree(
     """Let ``present`` ranks of a full world agree on generation 1."""
     rendezvous = Rendezvous(size)
     first = Membership.first(size, 1)
+    _come(rendezvous, 1, present)
 
     def body(thread: ThreadBootstrap) -> Membership:
         rank = present[thread.rank]
@@ -52,6 +59,7 @@ def test_ranks_that_see_different_losses_still_agree() -> None:
     """One knows that rank 1 is gone and one that rank 3 is; what was proposed first holds."""
     rendezvous = Rendezvous(4)
     first = Membership.first(4, 1)
+    _come(rendezvous, 1, (0, 2))
 
     def body(thread: ThreadBootstrap) -> Membership:
         rank, gone = [(0, 1), (2, 3)][thread.rank]
@@ -120,6 +128,7 @@ def test_a_rank_that_announced_itself_and_died_is_waited_for_once() -> None:
     """The next mask knows its incarnation, so nobody waits for it again."""
     rendezvous, agreements, members = _with_two_of_three()
     rendezvous.published["returned/1"] = "1"
+    _come(rendezvous, 2, (0, 2))
     for agreement in agreements:
         agreement._window_s = _SOON_S
 

@@ -21,8 +21,8 @@ from vllm_efa_ep.errors import (
     RankTimeoutError,
 )
 
-_SECONDS = 3.0
-_WINDOW_S = 1.0
+_SECONDS = 5.0
+_WINDOW_S = 3.0
 _ROUNDS_AFTER = 6
 
 
