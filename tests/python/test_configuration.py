@@ -30,14 +30,14 @@ def _nothing_left() -> Iterator[None]:
     """
 
     def open_things() -> tuple[list[str], int]:
-        gc.collect()
         maps = Path("/proc/self/maps").read_text()
         return sorted(path.name for path in Path("/proc/self/fd").iterdir()), maps.count("efa_ep_arena")
 
     def threads() -> int:
+        gc.collect()
         return len(list(Path("/proc/self/task").iterdir()))
 
-    before, threads_before = open_things(), threads()
+    threads_before, before = threads(), open_things()
     yield
     assert until(lambda: threads() <= threads_before), "threads stay behind"
     assert open_things() == before

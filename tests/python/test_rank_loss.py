@@ -29,6 +29,8 @@ from vllm_efa_ep.errors import (
 _HALVES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 _NEVER_S = 100 * DEADLINE_S  # a deadline for those who must not need one
 _SOON_S = 4.0
+# A rank whose watch was the lost one's does not know of other losses: whoever lives comes within that time.
+_WINDOW_S = 8.0
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ def _die(*_: object) -> None:
 
 def _body(rank: Rank, loss: Loss) -> dict[str, Any]:
     # Nobody needs a deadline to notice a death, but for one whose connections are being made.
-    soon_s = _SOON_S if loss.recovering else _NEVER_S
-    settings = settings_of(loss.ranks_per_node, timeout_s=soon_s, mask_window_s=soon_s, chunk_bytes=600)
+    timeout_s, window_s = (_SOON_S, _SOON_S) if loss.recovering else (_NEVER_S, _WINDOW_S)
+    settings = settings_of(loss.ranks_per_node, timeout_s=timeout_s, mask_window_s=window_s, chunk_bytes=600)
     all_to_all = AllToAll(config_of(loss.size, **loss.changes), rank.bootstrap, settings)
     play(all_to_all, 2, seed=0)
     rank.tell("ready")
