@@ -42,7 +42,7 @@ using Blame = std::function<uint32_t(const Topology&, uint32_t rank, uint32_t lo
 void lose_a_rank(Half half, const Blame& blame, uint32_t nodes, uint32_t ranks_per_node) {
   WorldConfig config = small_config(nodes, ranks_per_node);
   config.proxy_threads = true;
-  World world(config, std::chrono::seconds(4));  // in which the others do their part, however busy the machine
+  World world(config, std::chrono::seconds(4));  // for the others to do their part
   Planner planner(config);
   const uint32_t lost = config.world() - 1;
   const std::vector<uint32_t> everybody = all_ranks(config);
