@@ -64,7 +64,7 @@ def test_ranks_with_different_masks_do_not_start_together() -> None:
 
     def body(thread: ThreadBootstrap) -> None:
         mask = Membership(1, 1, (0, 1) if thread.rank == 0 else (1,), (0, 0))
-        build_generation(config, thread, settings_of(1, timeout_s=_SOON_S), {}, mask, None)
+        build_generation(config, thread, settings_of(1), {}, mask, None)
 
     first, _ = outcomes_of_ranks(2, body)
     assert isinstance(first.error, ConfigurationError)
