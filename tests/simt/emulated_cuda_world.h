@@ -57,8 +57,9 @@ class EmulatedCudaWorld {
   /// Builds a new generation, as all live ranks do after a loss: new endpoints, proxies and workspaces, in
   /// the memory of the old ones, which is registered anew. A lost rank's position takes part. Nobody strikes
   /// again.
-  void renew() {
+  void renew(const CudaRank::Options& options) {
     const std::lock_guard lock(network_mutex_);
+    options_ = options;
     strikes_.clear();
     // In this order: each needs the next.
     ranks_.clear();
@@ -225,7 +226,7 @@ class EmulatedCudaWorld {
 
   const WorldConfig config_;
   const testing::ScopedTrace trace_{__FILE__, __LINE__, testing::Message() << config_};
-  const CudaRank::Options options_;
+  CudaRank::Options options_;
   EmulatedNetwork network_;
   std::vector<Strike> strikes_;
   std::chrono::nanoseconds held_from_ = EmulatedNetwork::kForEver;

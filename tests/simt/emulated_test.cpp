@@ -170,17 +170,17 @@ TEST(AfterALoss, WritesThatTheLostRankHadPostedLandNowhere) {
     WorldConfig config = config_of(nodes, ranks_per_node, test_seed(900 + nodes));
     config.routing = Routing::kUniform;
     config.rounds = 3;
-    CudaRank::Options options;
-    options.timeout_ns = 500'000'000;
+    CudaRank::Options impatient;
+    impatient.timeout_ns = 500'000'000;
     EmulatedCudaWorld world(
-        config, emulated_profile("hostile"), options,
+        config, emulated_profile("hostile"), impatient,
         {{Half::kDispatchSend, kLost, 0, 2, {.kind = FaultKind::kDie, .at_post = 2, .late_by = 1h}}});
     world.hold(1min);
     world.run(plan_rounds(config));
     for (uint32_t rank = 0; rank < config.world(); ++rank) EXPECT_FALSE(world.end(rank).finished);
     ASSERT_TRUE(world.in_flight());
 
-    world.renew();
+    world.renew({});
     world.release();
     ASSERT_FALSE(world.in_flight());
     world.run(plan_without(kLost, config));
