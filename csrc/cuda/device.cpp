@@ -161,10 +161,23 @@ ChannelTotals CudaDevice::totals() const {
 void CudaDevice::throw_if_failed() const {
   if (proxy_ != nullptr) proxy_->throw_if_failed();
   const uint64_t first = std::atomic_ref(host().error[0]).load(std::memory_order_acquire);
-  if (first != 0) throw_fault(DeviceError::decode({first, host().error[1]}), options_.config);
+  if (first != 0) throw_fault(DeviceError::decode({first, host().error[1]}), options_.config, proxy_);
 }
 
-void throw_fault(const DeviceError& error, const DeviceConfig& config) {
+namespace {
+
+std::vector<uint32_t> missing_ranks(const DeviceError& error, const DeviceConfig& config, Proxy* proxy) {
+  std::vector<uint32_t> ranks;
+  if (error.rank == config.rank && proxy != nullptr) {
+    for (const uint32_t node : proxy->unfinished_destinations())
+      ranks.push_back(config.layout.topology.rail_peer(config.rank, node));
+  }
+  return ranks.empty() ? std::vector<uint32_t>{error.rank} : ranks;
+}
+
+}  // namespace
+
+void throw_fault(const DeviceError& error, const DeviceConfig& config, Proxy* proxy) {
   const char* half = kHalfNames[static_cast<size_t>(error.half)];
   const std::string where = std::string(half) + " of round " + std::to_string(error.round) + " on rank " +
                             std::to_string(config.rank);
@@ -174,12 +187,15 @@ void throw_fault(const DeviceError& error, const DeviceConfig& config) {
   switch (error.fault) {
     case Fault::kTimeout: {
       const double seconds = static_cast<double>(config.timeout_ns) * 1e-9;
-      throw RankTimeoutError(where + " waited " + std::to_string(seconds) + " s for " + rank, half,
-                             error.round, {error.rank});
+      const std::vector<uint32_t> missing = missing_ranks(error, config, proxy);
+      throw RankTimeoutError(where + " waited " + std::to_string(seconds) + " s for " + rank_names(missing),
+                             half, error.round, missing);
     }
-    case Fault::kStopped:
-      throw RankTimeoutError(where + " was ended by the host while it waited for " + rank, half, error.round,
-                             {error.rank});
+    case Fault::kStopped: {
+      const std::vector<uint32_t> missing = missing_ranks(error, config, proxy);
+      throw RankTimeoutError(where + " was ended by the host while it waited for " + rank_names(missing),
+                             half, error.round, missing);
+    }
     case Fault::kTooManyTokens:
       throw ConfigurationError(where + " was given " + detail + " tokens, but a rank may dispatch " +
                                std::to_string(config.layout.max_tokens) +

@@ -205,7 +205,7 @@ class CudaRank {
   /// Throws what a caller of the product would get: the proxy's failure, or the kernels'.
   void throw_if_failed() const {
     if (proxy_ != nullptr) proxy_->throw_if_failed();
-    if (error().fault != cuda::Fault::kNone) cuda::throw_fault(error(), device_);
+    if (error().fault != cuda::Fault::kNone) cuda::throw_fault(error(), device_, proxy_);
   }
   /// Ends all waits of its kernels.
   void stop() { std::atomic_ref(host_.stop).store(1, std::memory_order_relaxed); }

@@ -1,8 +1,6 @@
 // The twin of csrc/cuda/device_primitives.cuh for CPU fibers. Include that file instead of this one.
 #pragma once
 
-#include <chrono>
-
 #include "engine/atomics.h"
 #include "engine/cuda_spelling.h"
 #include "engine/simt.h"
@@ -85,9 +83,6 @@ inline void fence_release_sys() { ::simt::fence(false, true, Scope::sys); }
 inline void fence_acquire_sys() { ::simt::fence(true, false, Scope::sys); }
 
 inline void spin_pause() { ::simt::spin_yield(); }
-inline uint64_t global_timer() {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
-}
+inline uint64_t global_timer() { return ::simt::global_timer(); }
 
 }  // namespace dp

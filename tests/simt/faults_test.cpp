@@ -51,6 +51,30 @@ TEST(Faults, ARailPeerThatNeverSendsIsNamed) {
   EXPECT_EQ(world.rank(0).error().rank, 1u);
 }
 
+// It has all rows, but its NIC never says so: what waits is the next use of the staged rows.
+TEST(Faults, ARailPeerThatNeverConfirmsIsNamed) {
+  const WorldConfig config = small_config(3, 1);
+  CudaWorld world(config, impatient());
+  world.world().network().set_rule([](uint32_t source, const WriteRequest& write) {
+    return source == 0 && write.peer == 2 ? LoopbackNetwork::Fault::kNeverComplete
+                                          : LoopbackNetwork::Fault::kNone;
+  });
+  const auto round = Planner(config).plan();
+  for (uint32_t rank = 0; rank < 3; ++rank) {
+    world.rank(rank).dispatch_send(0, round[rank]);
+    world.rank(rank).dispatch_recv(0);
+    world.rank(rank).combine_send(0);
+    world.rank(rank).combine_recv(0);
+  }
+  for (uint32_t rank = 0; rank < 3; ++rank) world.rank(rank).sync();
+  try {
+    world.rank(0).throw_if_failed();
+    ADD_FAILURE() << "nothing was missed";
+  } catch (const RankTimeoutError& error) {
+    EXPECT_EQ(error.missing, std::vector<uint32_t>{2}) << error.what();
+  }
+}
+
 TEST(Faults, AnOwnerThatNeverAnswersIsNamedByItsRound) {
   const WorldConfig config = small_config(1, 2);
   CudaWorld world(config, impatient());

@@ -1,5 +1,6 @@
 // Fibers: switching, picking the next one, yielding. One block lives on one worker for ever.
 #include <cstdio>
+#include <ctime>
 
 #include "engine/fiber_switch.h"
 #include "engine/state.h"
@@ -180,6 +181,16 @@ void preempt_point() {
   } else {
     reschedule(b, f, Yield::preempted);
   }
+}
+
+// The CPU time of all threads, and some of the world's time for when they all sleep.
+uint64_t global_timer() {
+  const auto nanoseconds = [](clockid_t clock) {
+    timespec now;
+    clock_gettime(clock, &now);
+    return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
+  };
+  return nanoseconds(CLOCK_PROCESS_CPUTIME_ID) + nanoseconds(CLOCK_MONOTONIC) / 4;
 }
 
 bool random_bit() { return g_config.chaos != 0 && in_kernel() && current_block()->worker->random() % 2 == 0; }

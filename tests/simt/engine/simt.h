@@ -63,6 +63,10 @@ void preempt_point();  // random preemption when Config::chaos is set, otherwise
 
 bool random_bit();  // false without chaos
 
+// Nanoseconds that pass with the work that this process gets done, so that a deadline does not pass because
+// the machine is busy with something else.
+uint64_t global_timer();
+
 // Barriers. threads == 0 means "all live threads of the block".
 // Returns how many threads voted.
 int block_barrier(int id, int threads, bool arrive_only = false, bool vote = false);

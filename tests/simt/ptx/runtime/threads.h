@@ -1,8 +1,6 @@
 // Barriers, warps, time and ends.
 #pragma once
 
-#include <chrono>
-
 #include "engine/cuda_spelling.h"
 #include "engine/simt.h"
 #include "ptx/runtime/values.h"
@@ -13,10 +11,6 @@ namespace simt::ptx {
 template <class A>
 void nanosleep(A) {
   spin_yield();
-}
-inline b64 global_timer() {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return static_cast<b64>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
 }
 
 // ---- barriers of the block -------------------------------------------------------------------------------
