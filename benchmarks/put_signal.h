@@ -29,9 +29,11 @@ using Method = std::optional<SignalPolicyKind>;
 inline constexpr Method kPutOnly = std::nullopt;
 
 struct Result {
-  double seconds = 0;       // of one run
-  SignalCounters counters;  // of rank 0, all runs
-  uint32_t runs = 0;
+  double seconds = 0;      ///< of one run, the median
+  double share = 1;        ///< of put-only bandwidth
+  double share_error = 0;  ///< how far off that may be
+  uint32_t runs = 0;       ///< of each method
+  uint64_t fences = 0;     ///< rank 0's, in one run
 };
 
 /// Memory that a rank needs: places to put from, and places to put to. Puts share places; no byte is checked.
@@ -69,7 +71,9 @@ std::vector<Result> measure_emulated(const char* profile, bool honours_fence, co
                                      std::span<const Method> methods);
 
 /// All cells, which have the same number of ranks, in as many processes over libfabric on the loopback
-/// interface; results by cell and method.
+/// interface; results by cell and method. The methods take turns. A share is the median, over all turns, of
+/// the method's bandwidth by that of the same turn's bare puts, so that what comes and goes on the machine
+/// is in both. A cell is repeated until its shares are exact to 1 %, or it has taken its time.
 std::vector<std::vector<Result>> measure_processes(const char* provider, std::span<const Cell> cells,
                                                    std::span<const Method> methods);
 

@@ -50,7 +50,9 @@ Result measure(World& world, const Cell& cell, Method method) {
   }
   std::chrono::nanoseconds total{0};
   for (uint32_t i = 0; i < kRuns; ++i) total += run(world.network, ranks);
-  return {std::chrono::duration<double>(total).count() / kRuns, ranks[0]->counters(), kRuns};
+  return {.seconds = std::chrono::duration<double>(total).count() / kRuns,
+          .runs = kRuns,
+          .fences = ranks[0]->counters().fences / kRuns};
 }
 
 }  // namespace
@@ -61,7 +63,10 @@ std::vector<Result> measure_emulated(const char* profile, bool honours_fence, co
   changed.honours_fence = honours_fence;
   World world(changed, cell);
   std::vector<Result> results;
-  for (const Method method : methods) results.push_back(measure(world, cell, method));
+  for (const Method method : methods) {
+    Result& result = results.emplace_back(measure(world, cell, method));
+    result.share = results.front().seconds / result.seconds;
+  }
   return results;
 }
 

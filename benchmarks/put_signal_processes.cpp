@@ -9,9 +9,11 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <string>
 
 #include "errors.h"
@@ -27,10 +29,25 @@ constexpr uint32_t kMaxProcesses = 16;
 constexpr uint32_t kMaxResults = 1024;
 constexpr size_t kMaxAddress = 1024;
 constexpr uint32_t kWarmUps = 2;
+constexpr uint32_t kLeastRuns = 9;
+constexpr uint32_t kMostRuns = 201;
+constexpr double kMostSeconds = 5;  // of a cell that is not exact by then
+constexpr double kExact = 0.01;
 constexpr auto kPatience = std::chrono::seconds(120);
 
-/// Short runs are many: their time is the scheduler's as much as the network's.
-uint32_t runs_of(const Cell& cell) { return uint64_t{cell.transfers} * cell.bytes <= (1 << 20) ? 31 : 9; }
+double quantile(std::vector<double> values, double fraction) {
+  const auto place =
+      values.begin() + static_cast<std::ptrdiff_t>(fraction * static_cast<double>(values.size()));
+  std::ranges::nth_element(values, place);
+  return *place;
+}
+
+/// The notch of a box plot (McGill, Tukey, Larsen, Variations of Box Plots, 1978): medians that are further
+/// apart differ.
+double error_of_median(const std::vector<double>& values) {
+  const double spread = quantile(values, 0.75) - quantile(values, 0.25);
+  return 1.57 * spread / std::sqrt(static_cast<double>(values.size()));
+}
 
 /// What the processes share. Everything but the barrier is written before a barrier and read after it.
 struct Shared {
@@ -67,27 +84,46 @@ class Process {
     barrier(nullptr);
   }
 
-  /// The methods take turns, so that what disturbs the machine disturbs all of them.
   void measure(const Cell& cell, std::span<const Method> methods, Result* results) {
-    std::vector<std::vector<double>> seconds(methods.size());
-    std::vector<SignalCounters> counters(methods.size());
-    const uint32_t runs = runs_of(cell);
-    for (uint32_t run = 0; run < kWarmUps + runs; ++run) {
+    std::vector<std::vector<double>> seconds(methods.size()), shares(methods.size());
+    std::vector<uint64_t> fences(methods.size());
+    for (uint32_t turn = 0; turn < kWarmUps || !is_enough(seconds, shares); ++turn) {
+      std::vector<double> took(methods.size());
+      // Another is first each time, so that none always comes after the same.
       for (size_t i = 0; i < methods.size(); ++i) {
-        Rank rank(*fabric_, methods[i], cell, rank_, kSteadyClock);
-        const double took = run_once(rank);
-        if (run >= kWarmUps) seconds[i].push_back(took);
-        counters[i] = rank.counters();
+        const size_t method = (turn + i) % methods.size();
+        Rank rank(*fabric_, methods[method], cell, rank_, kSteadyClock);
+        took[method] = run_once(rank);
+        fences[method] = rank.counters().fences;
+      }
+      if (turn < kWarmUps) continue;
+      for (size_t i = 0; i < methods.size(); ++i) {
+        seconds[i].push_back(took[i]);
+        shares[i].push_back(took[0] / took[i]);
       }
     }
     if (rank_ != 0) return;
     for (size_t i = 0; i < methods.size(); ++i) {
-      std::ranges::nth_element(seconds[i], seconds[i].begin() + runs / 2);
-      results[i] = {seconds[i][runs / 2], counters[i], 1};
+      results[i] = {.seconds = quantile(seconds[i], 0.5),
+                    .share = quantile(shares[i], 0.5),
+                    .share_error = error_of_median(shares[i]),
+                    .runs = static_cast<uint32_t>(shares[i].size()),
+                    .fences = fences[i]};
     }
   }
 
  private:
+  /// All ranks come to the same answer, from the same times.
+  static bool is_enough(const std::vector<std::vector<double>>& seconds,
+                        const std::vector<std::vector<double>>& shares) {
+    if (shares.front().size() < kLeastRuns) return false;
+    if (shares.front().size() == kMostRuns) return true;
+    double total = 0;
+    for (const std::vector<double>& each : seconds) total = std::accumulate(each.begin(), each.end(), total);
+    return total > kMostSeconds ||
+           std::ranges::all_of(shares, [](const auto& each) { return error_of_median(each) <= kExact; });
+  }
+
   /// From the first rank's start to the last one's end.
   double run_once(Rank& rank) {
     barrier(&rank);

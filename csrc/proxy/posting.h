@@ -1,7 +1,6 @@
 // What all who post writes to many destinations have in common.
 #pragma once
 
-#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <optional>
@@ -9,17 +8,8 @@
 
 #include "clock.h"
 #include "errors.h"
-#include "fabric/fabric.h"
 
 namespace efa_ep {
-
-/// Writes that each of `sources` ranks may have on their way to one target without overrunning the target's
-/// completion queue.
-inline uint32_t post_window(const FabricDescription& fabric, uint32_t sources) {
-  const uint32_t own = fabric.send_queue_depth;
-  const uint32_t room = fabric.completion_queue_depth > own ? fabric.completion_queue_depth - own : 1;
-  return std::max(1u, room / std::max(1u, sources));
-}
 
 /// How long a destination has refused writes.
 class Refusal {

@@ -32,6 +32,14 @@ void require_at_most(const char* name, uint64_t value, uint64_t limit, const cha
                            ", the limit is " + std::to_string(limit) + "; " + remedy);
 }
 
+/// Writes that each of the other ranks may leave in this rank's completion queues, and this rank in theirs:
+/// connected fabrics have equal room. Half of it is the rounds'.
+uint32_t window_of(const FabricDescription& fabric, uint32_t ranks) {
+  const uint32_t own = fabric.send_queue_depth;
+  const uint32_t room = fabric.completion_queue_depth > own ? fabric.completion_queue_depth - own : 0;
+  return room / 2 / std::max(1u, ranks - 1);
+}
+
 }  // namespace
 
 TilePuts::TilePuts(Fabric& fabric, std::span<uint64_t> words, const TilePutOptions& options)
@@ -39,8 +47,7 @@ TilePuts::TilePuts(Fabric& fabric, std::span<uint64_t> words, const TilePutOptio
       words_(words),
       options_(options),
       rails_(fabric.rails()),
-      // Half of the queue, the other half is the rounds'.
-      window_(std::max(1u, post_window(fabric.description(), options.ranks - 1) / 2)),
+      window_(window_of(fabric.description(), options.ranks)),
       ring_(options.ring_commands),
       destinations_(options.ranks),
       outgoing_(size_t{options.ranks} * options.groups),
@@ -51,6 +58,9 @@ TilePuts::TilePuts(Fabric& fabric, std::span<uint64_t> words, const TilePutOptio
   require(options.rank < options.ranks && options.groups > 0,
           "rank " + std::to_string(options.rank) + " of " + std::to_string(options.ranks) + " with " +
               std::to_string(options.groups) + " groups makes no sense");
+  require(window_ > 0, "completion queues of " + std::to_string(fabric.description().completion_queue_depth) +
+                           " have no room for a write of each of " + std::to_string(options.ranks) +
+                           " ranks beside own writes and rounds; use fewer ranks");
   require(options.chunk_bytes > 0, "chunks of 0 bytes; use a positive chunk size");
   const size_t needed = TilePuts::words(options.ranks, options.groups);
   require(words.size() >= needed, std::to_string(words.size()) + " words; pass " + std::to_string(needed));

@@ -14,9 +14,14 @@
 // runs rounds, that is the Proxy's: it takes TilePuts along (ProxyOptions::tiles), polls the fabric for both,
 // and tells the completions apart by immediate and context. Elsewhere, whoever owns the fabric calls drive().
 //
-// A source has a window of writes per target, freed by its own completions. That bounds what a target may
-// have left unpolled only as long as the target keeps polling: whoever does the work must not pause while
-// others put.
+// A source has a window of writes per target, freed by its own completions. Those say that bytes have landed,
+// and not that the target has polled the immediate; EFA loses a completion queue that overruns, for good. So
+// the target's queue is safe
+//   - whatever the target does, if the groups that a source has under way to it take at most window() writes
+//     together: by the rule below, the writes of a group's last use have been polled when it is used again;
+//   - with more writes, only while the target polls as fast as they land: whoever does its work must not
+//     pause while others put.
+// No credits go back: each would be one more work request, and one more completion to bound.
 //
 // A group may be used again for a peer when the peer's reader has seen the signal of its last use. A kernel
 // knows that without a message: its reader is what frees the tiles' place at the target. The place where the
@@ -67,7 +72,7 @@ class TilePuts {
   static constexpr size_t words(uint32_t ranks, uint32_t groups) { return 2 * size_t{ranks} * groups; }
 
   /// `words` are as many as words() says, all zero. They and `fabric` outlive this. Throws
-  /// ConfigurationError.
+  /// ConfigurationError, also if the fabric's completion queues are too short for one write of every rank.
   TilePuts(Fabric& fabric, std::span<uint64_t> words, const TilePutOptions& options);
 
   /// Hands over a put, in any thread. Returns false if the ring is full: try again. Throws ConfigurationError
@@ -83,6 +88,11 @@ class TilePuts {
   uint64_t sent(uint32_t peer, uint32_t group) const {
     return word(outgoing_.size() + index(peer, group)).load(std::memory_order_acquire);
   }
+
+  /// Writes that every rank may leave unpolled at every other one, over all NICs, without harm: what the
+  /// groups under way to a peer may take if that peer does not poll. A transfer takes one for each begun
+  /// TilePutOptions::chunk_bytes, at least one.
+  uint32_t window() const { return window_; }
 
   /// Posts what is submitted, as far as there is room. Returns whether anything moved.
   bool work();

@@ -109,13 +109,15 @@ void EmulatedWorld::make_device(uint32_t index) {
   rank.clock.use(network_.clock());
   if (topology.nodes() > 1) {
     rank.policy = SignalPolicy::create(options_.signal_policy, *rank.fabric, network_.clock());
+    // Without a thread of its own, the proxy posts in the moment a half submits, at no virtual time.
     rank.proxy = std::make_unique<Proxy>(*rank.policy, rank.arena.get(),
                                          ProxyOptions{.layout = options_.layout,
                                                       .rank = index,
                                                       .chunk_bytes = options_.chunk_bytes,
                                                       .ring_commands = options_.ring_commands,
                                                       .timeout = options_.timeout,
-                                                      .clock = &network_.clock()},
+                                                      .clock = &network_.clock(),
+                                                      .own_core = false},
                                          false);
   }
   std::vector<std::byte*> arenas;

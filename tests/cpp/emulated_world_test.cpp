@@ -127,5 +127,24 @@ TEST(EmulatedWorlds, RunHundredsOfRounds) {
   run_world(config, emulated_profile("hostile"), workload);
 }
 
+// Devices take no virtual time: without jitter, a round takes its two ways through the network, whatever the
+// other rounds did. Rows that waited anywhere for a rank's next turn would make it three.
+TEST(EmulatedWorlds, TakeTheTimeOfTheirTwoWays) {
+  WorldConfig config = emulated_config(2, 4, test_seed(67));
+  config.rounds = 20;
+  config.chunk_bytes = 1 << 20;  // a write per NIC: none waits for the one before it
+  EmulatedProfile profile = emulated_profile("p5en");
+  profile.jitter = {};
+  PlannedWorkload workload(config, config.rounds);
+  EmulatedWorld world(options_of(config, profile));
+  workload.use(world);
+  world.run(workload, config.rounds);
+  expect_success(world, config.world());
+  const uint32_t ways = 2 * config.rounds + 1;  // at the end the last acknowledgement
+  constexpr std::chrono::nanoseconds kBytesOfAWay(100);
+  EXPECT_GE(world.network().now(), ways * profile.latency);
+  EXPECT_LE(world.network().now(), ways * (profile.latency + kBytesOfAWay));
+}
+
 }  // namespace
 }  // namespace efa_ep

@@ -24,7 +24,7 @@ namespace efa_ep {
 namespace {
 
 constexpr size_t kMemoryBytes = size_t{1} << 20;
-constexpr std::chrono::seconds kDeadline{60};
+constexpr std::chrono::seconds kDeadline{300};
 
 /// A fabric connected to the process at the other end of a socket.
 struct Rank {

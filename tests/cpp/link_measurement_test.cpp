@@ -10,6 +10,7 @@
 #include "fabric_suite.h"
 #include "libfabric_testing.h"
 #include "loopback_network.h"
+#include "test_environment.h"
 
 namespace efa_ep {
 namespace {
@@ -20,7 +21,7 @@ using testing::make_fabric;
 
 constexpr uint32_t kWriteBytes = 10'000;
 
-LinkPlan plan(uint32_t rank, uint32_t session, std::chrono::milliseconds timeout = std::chrono::seconds(60)) {
+LinkPlan plan(uint32_t rank, uint32_t session, std::chrono::milliseconds timeout = kPatience) {
   return {.peer = 1 - rank,
           .starts = rank == 0,
           .session = session,
@@ -59,7 +60,7 @@ TEST(LinkMeasurement, MeasuresOverAnUnorderedNetwork) {
   for (const uint32_t rails : {1U, 3U}) {
     Pair pair({.ranks = 2, .rails = rails, .seed = 7 + rails});
     for (const uint32_t session : {1U, 2U}) {
-      auto [first, second] = pair.measure(session, std::chrono::seconds(60));
+      auto [first, second] = pair.measure(session, kPatience);
       const LinkTimes times = first.get();
       EXPECT_GT(times.latency_s, 0);
       EXPECT_GT(times.bytes_per_second, 0);
@@ -112,7 +113,7 @@ TEST(LinkMeasurement, SilenceInOneDirectionSaysWhichOneAndTheNextMeasurementWork
   EXPECT_THROW(second.get(), RankTimeoutError);
 
   pair.network.set_rule(nullptr);
-  auto [again, other] = pair.measure(2, std::chrono::seconds(60));
+  auto [again, other] = pair.measure(2, kPatience);
   EXPECT_GT(again.get().latency_s, 0);
   EXPECT_GT(other.get().bytes_per_second, 0);
 }

@@ -139,7 +139,7 @@ TEST_F(ProxyTiles, ShareTheFabricWithRounds) {
       for (const uint32_t rank : {0u, 1u}) send(rank, round);
       for (const uint32_t rank : {0u, 1u}) receive(rank, round);
       // All of it is posted, or drain() would throw: what is left to do is the loopback's.
-      for (const uint32_t rank : {0u, 1u}) proxies_[rank]->drain(std::chrono::minutes(1));
+      for (const uint32_t rank : {0u, 1u}) proxies_[rank]->drain(kPatience);
     }
     for (const uint32_t rank : {0u, 1u}) {
       EXPECT_TRUE(tiles_[rank]->idle());

@@ -27,7 +27,7 @@ CpuDeviceOptions options_of(const WorldConfig& config, std::chrono::nanoseconds 
 
 /// 2 nodes of 2 ranks, of which kLost is gone and another rank has its expert.
 struct LossyWorld {
-  explicit LossyWorld(uint32_t channels = 1, std::chrono::nanoseconds timeout = std::chrono::minutes(1))
+  explicit LossyWorld(uint32_t channels = 1, std::chrono::nanoseconds timeout = kPatience)
       : config(lossy_config(channels)),
         world(config),
         stand_in(options_of(config, timeout), {world.arena(2), world.arena(3)}, world.proxy(kLost)) {}
@@ -60,7 +60,7 @@ TEST(StandIn, KeepsTheRoundsOfTheOthersRight) {
     lossy.stand_in.start_round(0);
     run_round(lossy.world, {0, 1, 3}, lossy.plan());
   }
-  EXPECT_TRUE(lossy.stand_in.wait_until_idle(std::chrono::minutes(1)));
+  EXPECT_TRUE(lossy.stand_in.wait_until_idle(kPatience));
   EXPECT_NO_THROW(lossy.stand_in.throw_if_failed());
 }
 
@@ -80,7 +80,7 @@ TEST(StandIn, ServesItsChannelsIndependently) {
       for (std::thread& thread : threads) thread.join();
     }
   }
-  EXPECT_TRUE(lossy.stand_in.wait_until_idle(std::chrono::minutes(1)));
+  EXPECT_TRUE(lossy.stand_in.wait_until_idle(kPatience));
 }
 
 TEST(StandIn, RestsUntilARoundBegins) {
@@ -102,7 +102,7 @@ TEST(StandIn, HandsItsErrorToTheRankThatServesIt) {
   LossyWorld lossy(1, std::chrono::milliseconds(1));
   lossy.stand_in.start_round(0);
   try {
-    lossy.stand_in.wait_until_idle(std::chrono::minutes(1));
+    lossy.stand_in.wait_until_idle(kPatience);
     FAIL() << "the round ended without the other ranks";
   } catch (const RankTimeoutError& error) {
     EXPECT_EQ(error.half, "dispatch_recv");

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -87,6 +88,65 @@ TEST_P(TilePutsWith, AGroupMayHaveMoreWritesThanTheWindow) {
       EXPECT_GT(world.tiles(rank).counters().waits, 0u) << "the window was never full";
     }
   }
+}
+
+/// Rank 0 does nothing, while all others put a group of so many writes there, and do all their work.
+void put_to_a_rank_that_does_not_poll(TileWorld& world, uint32_t writes) {
+  const uint32_t ranks = world.options().ranks;
+  for (uint32_t source = 1; source < ranks; ++source) {
+    for (uint32_t write = 0; write < writes; ++write) {
+      const uint64_t at = uint64_t{kTileAlignment} * write;
+      ASSERT_TRUE(world.tiles(source).try_submit({.peer = 0,
+                                                  .group = write % 2,
+                                                  .transfers = (writes + 1 - write % 2) / 2,
+                                                  .bytes = kTileAlignment,
+                                                  .local_offset = world.sent_at(0, 0) + at,
+                                                  .remote_offset = world.received_at(source, 0) + at}));
+    }
+  }
+  const Patience patience;
+  const auto is_busy = [&] {
+    for (uint32_t source = 1; source < ranks; ++source) {
+      if (!world.tiles(source).idle()) return true;
+    }
+    return false;
+  };
+  while (is_busy()) {
+    for (uint32_t source = 1; source < ranks; ++source) world.tiles(source).drive();
+    patience.check();
+  }
+}
+
+TileWorld::Options one_nic_without_room_to_spare() {
+  TileWorld::Options options;
+  options.ranks = 4;
+  options.rails = 1;
+  options.groups = 2;
+  options.ring_commands = 128;
+  options.completion_queue_depth = options.send_queue_depth + 2 * 20 * (options.ranks - 1);
+  options.overrun_room = 0;
+  options.seed = test_seed(3);
+  return options;
+}
+
+TEST(TilePutsWindow, GroupsWithinItNeedNoTargetThatPolls) {
+  TileWorld world(one_nic_without_room_to_spare());
+  ASSERT_EQ(world.tiles(0).window(), 20u);
+  put_to_a_rank_that_does_not_poll(world, world.tiles(0).window());
+  const Patience patience;
+  while (world.tiles(0).counters().signals < 2 * (world.options().ranks - 1)) {
+    world.tiles(0).drive();
+    patience.check();
+  }
+}
+
+// Half of the queue is the rounds', so tile puts alone overrun it with twice the window.
+TEST(TilePutsWindow, GroupsBeyondItOverrunATargetThatDoesNotPoll) {
+  TileWorld world(one_nic_without_room_to_spare());
+  const uint32_t writes = 2 * world.tiles(0).window() + world.options().send_queue_depth;
+  const std::string message =
+      message_of<std::logic_error>([&] { put_to_a_rank_that_does_not_poll(world, writes); });
+  EXPECT_TRUE(contains(message, "overrun")) << message;
 }
 
 // The counts of Perseus (arXiv 2605.00686): (P - P_local) E/P concurrent transfers per dispatch of a rank,
@@ -241,6 +301,7 @@ TEST(TilePutsOptions, AreChecked) {
   EXPECT_TRUE(contains(refusal({.rank = 2, .ranks = 2}), "rank 2 of 2"));
   EXPECT_TRUE(contains(refusal({.ranks = 2, .groups = 3}), "11 words; pass 12"));
   EXPECT_TRUE(contains(refusal({.ranks = 2, .chunk_bytes = 0}), "chunks of 0 bytes"));
+  EXPECT_TRUE(contains(refusal({.ranks = 600}), "completion queues of 1024 have no room"));
 }
 
 TEST(TilePutsFailure, AFailedWriteNamesThePeer) {

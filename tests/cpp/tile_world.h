@@ -34,6 +34,7 @@ class TileWorld {
     uint32_t ring_commands = 16;
     uint32_t send_queue_depth = 8;
     uint32_t completion_queue_depth = 1024;
+    uint32_t overrun_room = 1024;  ///< for groups that take more than the window
     SignalPolicyKind policy = SignalPolicyKind::kCounted;
     uint64_t seed = 1;
   };
@@ -44,7 +45,7 @@ class TileWorld {
                   .rails = options.rails,
                   .send_queue_depth = options.send_queue_depth,
                   .completion_queue_depth = options.completion_queue_depth,
-                  .overrun_room = 1024,
+                  .overrun_room = options.overrun_room,
                   .seed = options.seed,
                   .honours_fence = true,
                   .early_completions = true}) {

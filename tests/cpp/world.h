@@ -11,13 +11,14 @@
 
 #include "cpu/device.h"
 #include "loopback_network.h"
+#include "test_environment.h"
 #include "world_plan.h"
 
 namespace efa_ep {
 
 class World {
  public:
-  explicit World(const WorldConfig& config, std::chrono::nanoseconds timeout = std::chrono::minutes(1))
+  explicit World(const WorldConfig& config, std::chrono::nanoseconds timeout = kPatience)
       : config_(config),
         network_({.ranks = config.world(),
                   .rails = config.rails,

@@ -55,7 +55,7 @@ void run_rank(World& world, uint32_t rank, const std::vector<Step>& steps, const
       world.run(step.half, rank, step.channel, plans[step.channel][step.round][rank]);
     }
     // Without a thread of its own a proxy is left with what the last half did not get to.
-    if (world.proxy(rank) != nullptr) world.proxy(rank)->drain(std::chrono::minutes(1));
+    if (world.proxy(rank) != nullptr) world.proxy(rank)->drain(kPatience);
   } catch (const std::exception& error) {
     ADD_FAILURE() << "rank " << rank << ": " << error.what();
   }

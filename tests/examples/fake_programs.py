@@ -32,7 +32,7 @@ class FakePrograms:
         """Run a command with these programs in front of all others."""
         inherited = {"PATH": f"{self._directory}:{os.environ['PATH']}", "ASKED": str(self._asked)}
         return subprocess.run(
-            words, env={**inherited, **environment}, capture_output=True, text=True, timeout=60
+            words, env={**inherited, **environment}, capture_output=True, text=True, timeout=300
         )
 
     def asked(self) -> list[list[str]]:

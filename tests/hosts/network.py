@@ -18,7 +18,7 @@ import psutil
 
 INTERFACE, DATA_INTERFACE = "eth0", "eth1"
 _SUBNETS = {INTERFACE: "10.77.0", DATA_INTERFACE: "10.77.1"}
-_ENDED_SECONDS = 10.0
+_ENDED_SECONDS = 60.0
 
 
 @cache

@@ -13,7 +13,7 @@ from network import Host
 from programs import HERE, Program, environment_on
 
 PORT = 6379
-START_SECONDS = 120
+START_SECONDS = 300
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vllm_efa_ep.bootstrap.ray_hosts import RayRanks, inventories, run_on_ray
 from vllm_efa_ep.bootstrap.run import Run
 from vllm_efa_ep.errors import EfaEpError, MembershipError
 
-_SECONDS = 100.0
+_SECONDS = 250.0
 
 
 def play(_: Run, size: int) -> None:

@@ -10,7 +10,7 @@ from network import Host, hosts
 from programs import HERE, Program
 
 _PORT = 29_500
-_TIMEOUT_S = 8
+_TIMEOUT_S = 60
 _HOST_TIMEOUT_S = 4
 
 

@@ -220,7 +220,7 @@ def time_out() -> None:
     config = AllToAllConfig(64, 4, 2, 4, device="cuda")
 
     def body(bootstrap: ThreadBootstrap) -> None:
-        with AllToAll(config, bootstrap, settings_of(2, timeout_s=1.0, num_sms=2)) as all_to_all:
+        with AllToAll(config, bootstrap, settings_of(2, timeout_s=2.0, num_sms=2)) as all_to_all:
             assert not all_to_all.fault().item()
             if bootstrap.rank == 0:
                 try:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from thread_world import DEADLINE_S
 
 from vllm_efa_ep.bootstrap.store import StoreBootstrap
 from vllm_efa_ep.bootstrap.torch import TorchBootstrap
 
-DEADLINE_S = 60.0
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "vllm_efa_ep.all_to_all"])
 
@@ -166,9 +166,12 @@ class ProcessWorld:
 
 
 def _is_stopped(pid: int) -> bool:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
+    try:
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):  # a thread has just ended
+        return False
     # The state follows the name, which is in parentheses.
-    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def run_processes(size: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:

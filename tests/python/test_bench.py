@@ -247,7 +247,8 @@ def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_world_that_torchrun_started(tmp_path: Path) -> None:
     """Each process is one rank; rank 0 alone writes."""
     program = Path(sys.executable).parent / "vllm-efa-ep"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    command = [*launcher, "--standalone", "--nproc-per-node", "2", "--no-python"]
     flags = ["--tokens", "3", "--hidden", "256", "--experts", "16", "--iterations", "2", "--warm-up", "1"]
     result = subprocess.run(
         [*command, program, "bench", *flags, "--out", str(tmp_path)], capture_output=True, text=True

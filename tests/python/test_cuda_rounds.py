@@ -27,7 +27,7 @@ def _run(program: str, *arguments: str) -> None:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/python")]),
     }
     command = [sys.executable, str(ROOT / "tests/python" / program), str(module), newest_libfabric()]
-    subprocess.run([*command, *arguments], env=environment, check=True, timeout=120)
+    subprocess.run([*command, *arguments], env=environment, check=True, timeout=600)
 
 
 @pytest.mark.parametrize("signals", ["pinned", "gdrcopy"])

@@ -1,8 +1,9 @@
 """Chains of waiting lead to the rank that says nothing."""
 
 import pytest
-from thread_world import Rendezvous, ThreadBootstrap, run_ranks
+from thread_world import DEADLINE_S, Meeting, Rendezvous, ThreadBootstrap, run_ranks
 
+from vllm_efa_ep import diagnosis
 from vllm_efa_ep.diagnosis import Report, describe, explain, report_of
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError, ProtocolError, RankTimeoutError, TransportError
 
@@ -17,11 +18,15 @@ def _timeout(*missing: int) -> RankTimeoutError:
 
 def test_a_chain_ends_at_the_silent_rank() -> None:
     """0 waits for 1, 1 for 2, 2 for 3; 3 is dead: all three name it."""
+    reported = Meeting(3)
 
     def body(bootstrap: ThreadBootstrap) -> str:
         if bootstrap.rank == 3:
             return ""
-        return explain(bootstrap, _timeout(bootstrap.rank + 1), 1.0, _nobody_is_gone)
+        error = _timeout(bootstrap.rank + 1)
+        explain(bootstrap, error, 0.0, _nobody_is_gone)
+        reported.wait()
+        return explain(bootstrap, error, 0.0, _nobody_is_gone)
 
     texts = run_ranks(4, body)
     for text in texts[:3]:
@@ -30,8 +35,24 @@ def test_a_chain_ends_at_the_silent_rank() -> None:
     assert "rank 2 waits for rank 3 in dispatch_recv of round 7" in texts[0]
 
 
-def test_reports_that_come_late_still_count() -> None:
+class _Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def monotonic(self) -> float:
+        """Return the time."""
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        self._now += seconds
+
+
+def test_reports_that_come_late_still_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first to fail waits, within its grace, for those that fail after it."""
+    monkeypatch.setattr(diagnosis, "time", _Clock())
     rendezvous = Rendezvous(3)
     first, second = ThreadBootstrap(rendezvous, 0), ThreadBootstrap(rendezvous, 1)
     lookup = rendezvous.published.get
@@ -67,7 +88,7 @@ def test_a_cycle_of_waiting_ranks_ends() -> None:
     """Ranks that wait for each other are alive: they were started with different work."""
 
     def body(bootstrap: ThreadBootstrap) -> str:
-        return explain(bootstrap, _timeout((bootstrap.rank + 1) % 3), 10.0, _nobody_is_gone)
+        return explain(bootstrap, _timeout((bootstrap.rank + 1) % 3), DEADLINE_S, _nobody_is_gone)
 
     for text in run_ranks(3, body):
         assert text.startswith("all of them answer")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from recorded_machines import good_machine, machine_without_efa
+from reserved_port import reserved_port
 from rich.console import Console
-from test_doctor_pairs import free_port
 
 from vllm_efa_ep.cli import main
 from vllm_efa_ep.doctor.checks import CHECKS
@@ -20,7 +20,7 @@ from vllm_efa_ep.doctor.rendering import render
 from vllm_efa_ep.doctor.system import this_system
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 300
+DEADLINE_S = 600
 _FILE = ["--token-file", "none"]
 
 
@@ -36,16 +36,16 @@ def test_two_nodes_of_this_machine_are_told_the_truth(tmp_path: Path) -> None:
     """No EFA and no GPU here: the CPU device over TCP, exit status 0; and both write to each other."""
     if efa_devices(this_system()) or nvidia_gpus(this_system()):
         pytest.skip("this machine has EFA devices or GPUs; the test is about one that has neither")
-    meet = f"127.0.0.1:{free_port()}"
     secret = tmp_path / "token"
     secret.write_text("a" * 64)
-    common = ("--json", "--nodes", "2", "--meet", meet, "--token-file", str(secret))
-    nodes = [start(*common, "--node", str(node)) for node in range(2)]
-    try:
-        outputs = [node.communicate(timeout=DEADLINE_S) for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
+    with reserved_port() as port:
+        common = ("--json", "--nodes", "2", "--meet", f"127.0.0.1:{port}", "--token-file", str(secret))
+        nodes = [start(*common, "--node", str(node), "--timeout", "100") for node in range(2)]
+        try:
+            outputs = [node.communicate(timeout=DEADLINE_S) for node in nodes]
+        finally:
+            for node in nodes:
+                node.kill()
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert outputs[1][0] == ""  # node 0 speaks for all
     report: dict[str, Any] = json.loads(outputs[0][0])

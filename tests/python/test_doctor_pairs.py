@@ -1,13 +1,13 @@
 """Several nodes examine themselves and the links between them: real processes, real writes, over TCP."""
 
-import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from recorded_machines import good_machine
-from thread_world import ThreadBootstrap, outcomes_of_ranks, run_ranks, settings_of
+from reserved_port import reserved_port
+from thread_world import DEADLINE_S, ThreadBootstrap, outcomes_of_ranks, run_ranks, settings_of
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.run import Run
@@ -39,7 +39,7 @@ def test_every_pair_meets_once_and_nobody_is_in_two_places(nodes: int) -> None:
 @pytest.mark.parametrize("nodes", [1, 2, 3])
 def test_all_pairs_write(nodes: int) -> None:
     """Real writes in both directions, checked byte by byte at their target."""
-    reports = run_ranks(nodes, lambda bootstrap: measure_pairs(bootstrap, settings_of(), "lo", 30.0))
+    reports = run_ranks(nodes, lambda bootstrap: measure_pairs(bootstrap, settings_of(), "lo", DEADLINE_S))
     assert all(report == reports[0] for report in reports)
     assert len(reports[0]) == nodes * (nodes - 1) // 2
     for link in reports[0]:
@@ -52,27 +52,32 @@ def test_all_pairs_write(nodes: int) -> None:
 
 
 class Unreachable(Endpoint):
-    """A node whose writes go nowhere and to which none come, as behind a closed security group."""
+    """Node 1, whose writes go nowhere and to which none come, as behind a closed security group."""
 
     def measure(self, peer: int, *, session: int, starts: bool, timeout_s: float):  # type: ignore[no-untyped-def]
-        """Answer nobody, but for as long as the others try."""
-        del peer, session, starts
-        threading.Event().wait(timeout_s)
+        """Answer nobody."""
+        del peer, session, starts, timeout_s
         raise ConfigurationError("never sent")
+
+
+class Impatient(Endpoint):
+    """A node that does not wait for node 1 for as long as for the others."""
+
+    def measure(self, peer: int, *, session: int, starts: bool, timeout_s: float):  # type: ignore[no-untyped-def]
+        """Measure; with node 1, within half a second."""
+        timeout_s = 0.5 if peer == 1 else timeout_s
+        return super().measure(peer, session=session, starts=starts, timeout_s=timeout_s)
 
 
 def test_a_node_that_nobody_reaches_is_named_and_the_others_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """The security group blocks node 1: its pairs fail before the deadline, the third pair is measured."""
 
     def body(bootstrap: ThreadBootstrap) -> list[Link]:
-        return measure_pairs(bootstrap, settings_of(), "lo", 1.0)
-
-    made = iter([Endpoint, Unreachable, Endpoint])
-    order: dict[int, type[Endpoint]] = dict(enumerate(made))
+        return measure_pairs(bootstrap, settings_of(), "lo", DEADLINE_S)
 
     def make(settings: Settings, interface: str, peers: int) -> Endpoint:
         rank = int(threading.current_thread().name.split()[-1])
-        return order[rank](settings, interface, peers)
+        return (Unreachable if rank == 1 else Impatient)(settings, interface, peers)
 
     monkeypatch.setattr("vllm_efa_ep.doctor.cluster.pairs.Endpoint", make)
     links = {link.nodes: link for link in run_ranks(3, body)[0]}
@@ -82,7 +87,7 @@ def test_a_node_that_nobody_reaches_is_named_and_the_others_work(monkeypatch: py
     assert finding.status is Status.FAILED
     assert "2 of 3 pairs" in finding.result
     assert "1 (beta)" in finding.result
-    assert "did not answer within 1000 ms" in finding.result
+    assert "did not answer within 500 ms" in finding.result
 
 
 def test_a_node_without_a_network_stops_nobody() -> None:
@@ -90,7 +95,7 @@ def test_a_node_without_a_network_stops_nobody() -> None:
 
     def body(bootstrap: ThreadBootstrap) -> list[Link]:
         provider = "efa" if bootstrap.rank == 2 else "tcp"
-        return measure_pairs(bootstrap, settings_of(provider=provider), "lo", 30.0)
+        return measure_pairs(bootstrap, settings_of(provider=provider), "lo", DEADLINE_S)
 
     links = {frozenset(link.nodes): link for link in run_ranks(3, body)[0]}
     assert links[frozenset({0, 1})].error == ""
@@ -126,29 +131,21 @@ def test_mixed_versions_are_named(tmp_path: Path) -> None:
     assert judge_agreement([nodes[0], nodes[2]], ["alpha", "gamma"]).status is Status.OK
 
 
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def test_nodes_meet_without_ray() -> None:
     """What each says reaches all, in order; node 0, which has the store, leaves last."""
-    port = free_port()
     payloads = [bytes([node]) * 1000 for node in range(3)]
+    with reserved_port() as port:
 
-    def body(threads: Bootstrap) -> list[bytes]:
-        with Meeting("127.0.0.1", port, threads.rank, 3, _RUN, timeout_s=30.0) as meeting:
-            return meeting.bootstrap.all_gather(payloads[threads.rank])
+        def body(threads: Bootstrap) -> list[bytes]:
+            with Meeting("127.0.0.1", port, threads.rank, 3, _RUN, timeout_s=DEADLINE_S) as meeting:
+                return meeting.bootstrap.all_gather(payloads[threads.rank])
 
-    assert run_ranks(3, body) == [payloads] * 3
+        assert run_ranks(3, body) == [payloads] * 3
 
 
 def test_a_node_that_does_not_come_is_an_error_with_a_remedy() -> None:
     """Within the deadline, not for ever."""
-    port = free_port()
-    ended = outcomes_of_ranks(1, lambda _: Meeting("127.0.0.1", port, 0, 2, _RUN, timeout_s=1.0))
+    with reserved_port() as port:
+        ended = outcomes_of_ranks(1, lambda _: Meeting("127.0.0.1", port, 0, 2, _RUN, timeout_s=1.0))
     assert isinstance(ended[0].error, ConfigurationError)
     assert "--node 0 to 1" in str(ended[0].error)

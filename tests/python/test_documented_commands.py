@@ -128,9 +128,10 @@ def check_module(words: list[str], _: Path) -> None:
 
 def check_torchrun(words: list[str], tmp_path: Path) -> None:
     """Run it, on the file that the document shows."""
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    # On any free port, not on torchrun's own, where somebody else's run may be.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
-        [*launcher, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [*launcher, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"rank \d: \d+ rows for 4 experts, error 0\.0", result.stdout)) == 2, result.stdout

@@ -7,6 +7,7 @@ of one host have them; those of a lost node share the NICs of the ranks that ser
 """
 
 import functools
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from oracle import Batch
 
 from vllm_efa_ep.stand_in import servers
 
-_BEFORE, _AFTER = 6, 8
+_BEFORE, _AFTER = 5, 6
 _GOAL = 0.9
 _WITHIN_ROUNDS = 2
 
@@ -31,7 +32,6 @@ class _LossyWorkload(CheckedWorkload):
         self.ended: dict[int, float] = {}
         self._owners = torch.tensor(self.config.placement(scene.size))
         self.sent = functools.cache(self._sent)
-        self._given = self.sent
         self.batches = functools.cache(self._expected)
 
     def run(self, rounds: int) -> None:
@@ -43,11 +43,6 @@ class _LossyWorkload(CheckedWorkload):
         self.live = set(server_of)
         self.world.mask(list(server_of))
 
-    def spare(self, lost: tuple[int, ...]) -> None:
-        """Lose nobody, but give these ranks no tokens, and their experts none: the load after their loss."""
-        self.live -= {*lost}
-        self.sent = self.batches
-
     def finished(self, rank: int, channel: int, round_number: int) -> None:
         """Check the round's result, and take the time."""
         super().finished(rank, channel, round_number)
@@ -58,7 +53,8 @@ class _LossyWorkload(CheckedWorkload):
         return {rank: error for rank in range(self.scene.size) if (error := self.world.error(rank))}
 
     def _sent(self, _channel: int, round_number: int) -> list[Batch]:
-        scene, random = self.scene, torch.Generator().manual_seed(round_number)
+        scene = self.scene
+        random = torch.Generator().manual_seed(1000 * scene.seed + round_number)
         batches = []
         for rank in range(scene.size):
             tokens = scene.max_tokens if rank in self.live else 0
@@ -71,25 +67,36 @@ class _LossyWorkload(CheckedWorkload):
         lost = torch.tensor([rank not in self.live for rank in range(self.scene.size)])
         return [
             replace(each, topk_ids=each.topk_ids.masked_fill(lost[self._owners[each.topk_ids]], -1))
-            for each in self._given(channel, round_number)
+            for each in self.sent(channel, round_number)
         ]
 
 
+_HALVES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
+_ONE = (5,)
+_SOME_OF_TWO_NODES = (5, 6, 20)
+_A_NODE = tuple(range(8, 16))
+
+
 @pytest.mark.parametrize(
-    ("half", "lost"),
+    ("half", "lost", "seed"),
     [
-        ("combine_send", (5,)),
-        pytest.param("dispatch_recv", (5,), marks=pytest.mark.long),
-        pytest.param("combine_recv", (5, 6, 20), marks=pytest.mark.long),
-        pytest.param("dispatch_send", tuple(range(8, 16)), marks=pytest.mark.long),
+        *((half, _ONE, seed) for seed, half in enumerate(_HALVES)),
+        *(
+            pytest.param(half, lost, seed, marks=pytest.mark.long)
+            for lost in (_ONE, _SOME_OF_TWO_NODES, _A_NODE)
+            for half in _HALVES
+            for seed in (10, 11)
+        ),
     ],
     ids=str,
 )
-def test_throughput_per_live_rank_is_back_at_once(half: str, lost: tuple[int, ...]) -> None:
+def test_throughput_per_live_rank_is_back_within_two_rounds(
+    half: str, lost: tuple[int, ...], seed: int
+) -> None:
     """32 ranks on p5en: some die in a round, all others get an error, and their next rounds are as fast.
 
-    As fast as in a world with the same load that has lost nobody: ranks without tokens slow the others down a
-    little, whether they are gone or not.
+    From the second round after the agreed mask on, each round has at least 90 % of the throughput per live
+    rank that the rounds before the loss had.
     """
     scene = Scene(
         nodes=4,
@@ -102,12 +109,8 @@ def test_throughput_per_live_rank_is_back_at_once(half: str, lost: tuple[int, ..
         exact=True,
         nics=2,
         profile="p5en",
+        seed=seed,
     )
-    spared = _LossyWorkload(scene)
-    spared.spare(lost)
-    spared.run(_AFTER)
-    assert spared.errors() == {}
-
     workload = _LossyWorkload(scene)
     for rank in lost:
         workload.world.kill_before(half, rank, _BEFORE + 1)
@@ -122,20 +125,15 @@ def test_throughput_per_live_rank_is_back_at_once(half: str, lost: tuple[int, ..
     workload.run(_AFTER)
     assert workload.errors() == {}
 
-    before = _rate(workload, 1, _BEFORE)
-    last = _BEFORE + 2 + _AFTER
-    first_s, second_s = (workload.ended[last - _AFTER + number] - agreed for number in (1, 2))
-    after = _rate(workload, last - _AFTER + _WITHIN_ROUNDS - 1, last)
-    same_load = _rate(spared, _WITHIN_ROUNDS - 1, _AFTER)
-    print(f"\nemulated {scene.profile}, {len(lost)} of {scene.size} ranks lost; tokens/s per live rank")
-    print(f"  before the loss                 {before:12,.0f}")
-    for name, seconds in (("1st round after the mask", first_s), ("2nd", second_s - first_s)):
-        print(f"  {name:<31} {scene.max_tokens / seconds:12,.0f}  {scene.max_tokens / seconds / before:6.1%}")
-    print(f"  from the 2nd on                 {after:12,.0f}  {after / before:6.1%}")
-    print(f"  the same load without a loss    {same_load:12,.0f}  {same_load / before:6.1%}")
-    assert after >= _GOAL * same_load
-
-
-def _rate(workload: _LossyWorkload, start: int, end: int) -> float:
-    """Return the tokens per second and live rank from the end of one round to the end of another."""
-    return (end - start) * workload.scene.max_tokens / (workload.ended[end] - workload.ended[start])
+    # All live ranks dispatch full batches, so this is per live rank.
+    before = scene.max_tokens * (_BEFORE - 1) / (workload.ended[_BEFORE] - workload.ended[1])
+    first = _BEFORE + 3
+    ends = [agreed, *(workload.ended[first + number] for number in range(_AFTER))]
+    shares = [scene.max_tokens / (end - start) / before for start, end in itertools.pairwise(ends)]
+    back = shares[_WITHIN_ROUNDS - 1 :]
+    print(
+        f"\nemulated {scene.profile}, {len(lost)} of {scene.size} ranks lost before {half}, seed {seed}: "
+        f"{before:,.0f} tokens/s per live rank before; then {shares[0]:.1%} of that in the 1st round, "
+        f"{shares[1]:.1%} in the 2nd, {min(back):.1%} to {max(back):.1%} from there on"
+    )
+    assert min(back) >= _GOAL

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from process_world import ProcessWorld, Rank, run_processes
-from thread_world import Rendezvous, ThreadBootstrap, run_ranks
+from thread_world import DEADLINE_S, Rendezvous, ThreadBootstrap, run_ranks
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.config import Settings
@@ -24,7 +24,7 @@ from vllm_efa_ep.nixl_agent import choose_backend
 pytest.importorskip("nixl", reason="needs NIXL: pip install 'vllm-efa-ep[nixl]'")
 
 _LAYER = "layer 3"
-_SETTINGS = Settings(timeout_s=20.0)
+_SETTINGS = Settings(timeout_s=DEADLINE_S / 2)
 _SLOTS = 4
 
 
@@ -191,14 +191,16 @@ def test_a_call_that_never_returns_ends_at_the_deadline() -> None:
     hold = threading.Event()
 
     def body(bootstrap: ThreadBootstrap) -> str:
-        with ExpertTransfer(bootstrap, Settings(timeout_s=0.5)) as transfer:
+        with ExpertTransfer(bootstrap, _SETTINGS) as transfer:
             transfer.offer({_LAYER: _weights([0, 1, 2, 3])})
             bootstrap.all_gather(b"offered")
             message = ""
             if bootstrap.rank == 0:
+                transfer.pull(_LAYER, [Move(2, 1, 2, 0)], _empty())  # connects
                 transfer._agent._nixl.transfer = lambda _: hold.wait()
+                transfer._agent._timeout_s = 0.5  # of close()
                 with pytest.raises(ExpertTransferError) as failed:
-                    transfer.pull(_LAYER, [Move(2, 1, 2, 0)], _empty())
+                    transfer.pull(_LAYER, [Move(2, 1, 2, 0)], _empty(), timeout_s=0.5)
                 message = str(failed.value)
                 with pytest.raises(FabricUnavailableError, match="build a new ExpertTransfer"):
                     transfer.pull(_LAYER, [Move(2, 1, 2, 0)], _empty())

@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from process_world import DEADLINE_S, ProcessWorld, Rank
-from thread_world import ThreadBootstrap, outcomes_of_ranks, settings_of
+from process_world import ProcessWorld, Rank
+from thread_world import DEADLINE_S, ThreadBootstrap, outcomes_of_ranks, settings_of
 
-from vllm_efa_ep import AllToAll, AllToAllConfig
+from vllm_efa_ep import AllToAll, AllToAllConfig, generation
 from vllm_efa_ep.errors import EfaEpError, RankTimeoutError
 
 _ROW = 1024  # float32 columns, so that a row is a page
 _TOKENS = 8
-_SECONDS = 3.0
+# Half of it for the live ranks of all worlds to do their part, half for what they tell each other when their
+# deadlines pass. The product's shares are for deadlines of minutes: on a busy machine a rank may begin to
+# wait a second after another, and would tell it too late that both wait for a third.
+_SECONDS, _DIAGNOSIS_SHARE = 8.0, 0.5
 _NEVER = 100 * DEADLINE_S  # a deadline for those who must not need one
 _HALVES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 _WORLDS_AT_ONCE = 8
@@ -120,6 +123,7 @@ def _run_rounds(rank: Rank, all_to_all: AllToAll, case: Case) -> None:
 
 
 def _body(rank: Rank, ranks_per_node: int, case: Case) -> dict[str, Any]:
+    generation._DIAGNOSIS_SHARE = _DIAGNOSIS_SHARE
     size = rank.bootstrap.world_size
     config = AllToAllConfig(_ROW, size, size, _TOKENS, dtype=torch.float32, combine_dtype=torch.float32)
     # The end of a process is noticed by itself; for a frozen one there is only the deadline.
@@ -280,7 +284,7 @@ def test_a_failure_can_be_asked_for() -> None:
     """Whoever did not call the half that failed still learns of it, and gets its error."""
 
     def body(bootstrap: ThreadBootstrap) -> None:
-        settings = settings_of(2, timeout_s=1.0)
+        settings = settings_of(2, timeout_s=3.0)
         with AllToAll(AllToAllConfig(64, 4, 2, 4, device="cpu"), bootstrap, settings) as all_to_all:
             assert not all_to_all.fault().item()
             all_to_all.raise_fault()

@@ -138,7 +138,7 @@ def test_hellos(hellos: list[bytes]) -> None:
         for hello in (*hellos, genuine):
             with socket.create_connection(address) as caller:
                 caller.sendall(hello)
-        accepted = watch._answer(server, listener, {1}, 10.0)
+        accepted = watch._answer(server, listener, {1}, 180.0)
         assert list(accepted) == [1]
         accepted[1].close()
 
@@ -290,7 +290,7 @@ def test_news(news: bytes) -> None:
     watched = _EndedWatch({1: near})
     far.sendall(news)
     far.close()
-    assert watched.ended.wait(30.0)
+    assert watched.ended.wait(180.0)
     assert watched.gone <= {0, 1, 2}
     if struct.pack("!I", 1) not in [news[at : at + 4] for at in range(0, len(news), 4)]:
         with pytest.raises(EfaEpError):

@@ -12,7 +12,14 @@ from vllm_efa_ep.membership import Agreement, Membership
 from vllm_efa_ep.stand_in import servers
 
 _SOON_S = 1.0
+_AT_ONCE_S = 0.05  # where all that come are there
 _NEVER_S = 1000.0
+
+
+def _come(rendezvous: Rendezvous, generation: int, ranks: Sequence[int]) -> None:
+    """Let ranks be there before anybody's window begins: it is over when a thread happens to run."""
+    for rank in ranks:
+        rendezvous.published[f"here/{generation}/{rank}"] = "0"
 
 
 def _agree(
@@ -21,6 +28,7 @@ def _agree(
     """Let ``present`` ranks of a full world agree on generation 1."""
     rendezvous = Rendezvous(size)
     first = Membership.first(size, 1)
+    _come(rendezvous, 1, present)
 
     def body(thread: ThreadBootstrap) -> Membership:
         rank = present[thread.rank]
@@ -38,7 +46,7 @@ def test_ranks_known_to_be_gone_are_not_waited_for() -> None:
 
 def test_silent_ranks_are_left_out_when_the_window_is_over() -> None:
     """Also the one that should have proposed."""
-    for agreed in _agree([1, 2], 4, frozenset(), _SOON_S, {}):
+    for agreed in _agree([1, 2], 4, frozenset(), _AT_ONCE_S, {}):
         assert agreed.members == (1, 2)
 
 
@@ -52,10 +60,11 @@ def test_ranks_that_see_different_losses_still_agree() -> None:
     """One knows that rank 1 is gone and one that rank 3 is; what was proposed first holds."""
     rendezvous = Rendezvous(4)
     first = Membership.first(4, 1)
+    _come(rendezvous, 1, (0, 2))
 
     def body(thread: ThreadBootstrap) -> Membership:
         rank, gone = [(0, 1), (2, 3)][thread.rank]
-        agreement = Agreement(ThreadBootstrap(rendezvous, rank), _SOON_S)
+        agreement = Agreement(ThreadBootstrap(rendezvous, rank), _AT_ONCE_S)
         return agreement.next(first, lambda: frozenset({gone}), {})
 
     assert run_ranks(2, body) == [Membership(1, 1, (0, 2), (0, 0, 0, 0))] * 2
@@ -120,8 +129,9 @@ def test_a_rank_that_announced_itself_and_died_is_waited_for_once() -> None:
     """The next mask knows its incarnation, so nobody waits for it again."""
     rendezvous, agreements, members = _with_two_of_three()
     rendezvous.published["returned/1"] = "1"
+    _come(rendezvous, 2, (0, 2))
     for agreement in agreements:
-        agreement._window_s = _SOON_S
+        agreement._window_s = _AT_ONCE_S
 
     def body(thread: ThreadBootstrap) -> Membership:
         return agreements[(0, 2)[thread.rank]].next(members, frozenset, {1: 1})

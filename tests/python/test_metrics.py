@@ -14,7 +14,7 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from settled import settled
-from thread_world import run_world, settings_of
+from thread_world import DEADLINE_S, run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, _core
 from vllm_efa_ep.metrics.collector import RankCollector
@@ -190,12 +190,12 @@ def test_the_exporter_for_nodes_without_an_api_server(tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         address = process.stdout.readline().split()[-1]
-        with urllib.request.urlopen(address, timeout=10) as answer:
+        with urllib.request.urlopen(address, timeout=DEADLINE_S) as answer:
             samples = parsed(answer.read().decode())
         rank_0 = frozenset({("rank", "0"), ("layout", "per_token")})
         assert samples["efa_ep_rounds_total", rank_0] == ROUNDS
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(DEADLINE_S) == 0
     finally:
         process.kill()
         process.wait()

@@ -21,8 +21,8 @@ from vllm_efa_ep.errors import (
     RankTimeoutError,
 )
 
-_SECONDS = 3.0
-_WINDOW_S = 1.0
+_SECONDS = 6.0
+_WINDOW_S = 3.0
 _ROUNDS_AFTER = 6
 
 
@@ -104,6 +104,7 @@ def test_a_thawed_rank_harms_nobody_and_comes_back(size: int, ranks_per_node: in
             if rank != victim:
                 world.hear(rank, "masked")
         world.signal(victim, signal.SIGCONT)
+        errors = []
         for rank in range(size):
             ended = world.ended(rank)
             assert ended.error is None, f"rank {rank}: {ended.error}: {ended.message}"
@@ -111,8 +112,11 @@ def test_a_thawed_rank_harms_nobody_and_comes_back(size: int, ranks_per_node: in
             assert (found["generation"], found["live"]) == (2, size)
             assert found["incarnation"] == (1 if rank == victim else 0)
             if rank != victim:
-                assert f"rank {victim}" in found["error"]
+                errors.append(found["error"])
+                # The first whose deadline passes calls the others off, who may not have heard yet of whom.
+                assert f"rank {victim}" in errors[-1] or "another rank has given up" in errors[-1]
                 assert found["rounds"] > 0
+        assert any(f"rank {victim}" in error for error in errors)
         assert world.exit_codes(list(range(size))) == [0] * size
 
 

@@ -10,6 +10,7 @@ from bench_documents import document
 from browser import open_browser
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
+from thread_world import until
 
 from vllm_efa_ep.bench.problem import Cell
 from vllm_efa_ep.bench.report import write_report
@@ -80,4 +81,4 @@ def test_the_oracle_of_this_file_sees_broken_pages(tmp_path: Path) -> None:
     path.write_text(text.replace("<h1>", "<img src='missing.png'><h1>"))
     with open_browser() as chrome:
         chrome.get(path.as_uri())
-        assert chrome.get_log("browser") != []
+        assert until(lambda: chrome.get_log("browser") != [])

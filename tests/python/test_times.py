@@ -1,11 +1,14 @@
 """What a rank records about time: a sample per round and half, and whom it waited for."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from thread_world import run_world, settings_of
+from thread_world import Meeting, run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, _core
 from vllm_efa_ep.stats import Stats
@@ -16,7 +19,8 @@ LATE_S = 0.03
 
 
 def stats_of_rounds(nodes: int, ranks_per_node: int, layout: str, late_s: float) -> list[Stats]:
-    """Run some rounds in which one rank comes late to both operations."""
+    """Run some rounds in which one rank comes late to both operations: when all others have sent."""
+    meeting = Meeting(nodes * ranks_per_node)
     config = AllToAllConfig(
         hidden_size=64,
         num_experts=12,
@@ -25,16 +29,26 @@ def stats_of_rounds(nodes: int, ranks_per_node: int, layout: str, late_s: float)
         layout=layout,  # type: ignore[arg-type]
     )
 
+    def send(all_to_all: AllToAll, half: Callable[[], Any]) -> Any:
+        if all_to_all.rank == LATE_RANK:
+            meeting.wait()
+            time.sleep(late_s)  # this slowness is what is measured
+            return half()
+        result = half()
+        meeting.wait()
+        return result
+
     def body(all_to_all: AllToAll) -> Stats:
         random = torch.Generator().manual_seed(all_to_all.rank)
         for number in range(ROUNDS):
             tokens = 1 + 2 * number  # more rows every time: the output buffer has to grow
             x = torch.randn(tokens, 64, generator=random).bfloat16()
             ids = torch.randint(12, (tokens, 3), generator=random)
-            time.sleep(late_s if all_to_all.rank == LATE_RANK else 0)  # this slowness is what is measured
-            got, handle = all_to_all.dispatch(x, ids, torch.ones(tokens, 3))
-            time.sleep(late_s if all_to_all.rank == LATE_RANK else 0)
-            all_to_all.combine(torch.zeros_like(got.x, dtype=torch.bfloat16), handle)
+            handle = send(all_to_all, partial(all_to_all.dispatch_send, x, ids, torch.ones(tokens, 3)))
+            got = all_to_all.dispatch_recv(handle)
+            output = torch.zeros_like(got.x, dtype=torch.bfloat16)
+            send(all_to_all, partial(all_to_all.combine_send, output, handle))
+            all_to_all.combine_recv(handle)
         return all_to_all.stats()
 
     return run_world(config, nodes * ranks_per_node, settings_of(ranks_per_node), body)

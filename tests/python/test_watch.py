@@ -6,13 +6,11 @@ import os
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable
 
 import pytest
 import torch
 from process_world import ProcessWorld, Rank
-from thread_world import DEADLINE_S, ThreadBootstrap, outcomes_of_ranks, run_ranks, settings_of
+from thread_world import DEADLINE_S, ThreadBootstrap, outcomes_of_ranks, run_ranks, settings_of, until
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, watch
 from vllm_efa_ep import world as world_module
@@ -34,13 +32,6 @@ def _start(bootstrap: ThreadBootstrap, timeout_s: float = DEADLINE_S) -> Watch:
     return start_watch(join_world(bootstrap, {}, 1), bootstrap, timeout_s)
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        threading.Event().wait(0.001)
-
-
 @pytest.mark.parametrize("hosts", _SHAPES)
 def test_everybody_notices_any_rank_that_ends(hosts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its neighbours by themselves, the others from them; the ends that follow change nothing."""
@@ -51,7 +42,7 @@ def test_everybody_notices_any_rank_that_ends(hosts: str, monkeypatch: pytest.Mo
         for each in others:
             each.check("dispatch_recv", 1, "a wait")
         watches[victim].close()
-        _until(lambda others=others: all(each.lost is not None for each in others))  # type: ignore[misc]
+        assert until(lambda others=others: all(each.lost is not None for each in others))  # type: ignore[misc]
         for each in others:
             each.close()
             assert each.lost == victim
@@ -80,7 +71,7 @@ def test_leaving_in_order_is_no_loss(hosts: str, monkeypatch: pytest.MonkeyPatch
         watches[first].leave()
         watches[first].close()
         expected = {(neighbour, first) for neighbour in watches[first]._neighbours}
-        _until(lambda expected=expected: ends == expected)  # type: ignore[misc]
+        assert until(lambda expected=expected: ends == expected)  # type: ignore[misc]
         for each in watches:
             assert each.lost is None
             each.leave()
@@ -161,7 +152,7 @@ def test_a_child_process_does_not_hide_the_end_of_its_parent() -> None:
         signal.pause()
     try:
         watches[1].close()
-        _until(lambda: watches[0].lost == 1)
+        assert until(lambda: watches[0].lost == 1)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -201,7 +192,7 @@ def test_the_end_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
     watches = run_ranks(2, _start)
     with caplog.at_level(logging.ERROR, "vllm_efa_ep"):
         watches[1].close()
-        _until(lambda: watches[0].lost == 1)
+        assert until(lambda: watches[0].lost == 1)
         watches[0].close()
     (record,) = caplog.records
     assert record.message == "EFA EP: rank 0 sees that rank 1 is gone: its process has ended or failed"

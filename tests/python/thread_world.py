@@ -15,8 +15,19 @@ from vllm_efa_ep import AllToAll, AllToAllConfig
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import EfaEpError
 
-DEADLINE_S = 60.0
+# Of what comes unless something is broken, however little of the machine the test gets.
+DEADLINE_S = 180.0
 _Result = TypeVar("_Result")
+
+
+def until(condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> bool:
+    """Wait for a condition; return whether it came true."""
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 class Rendezvous:
@@ -167,9 +178,12 @@ def run_ranks(
 
 
 def settings_of(ranks_per_node: int = 0, **changes: object) -> Settings:
-    """Return settings for a world on this machine, not read from the environment."""
-    defaults = {"ranks_per_node": ranks_per_node, "provider": "tcp", "interface": "lo", "timeout_s": 10.0}
-    return Settings(**{**defaults, **changes})  # type: ignore[arg-type]
+    """Return settings for a world on this machine, not read from the environment.
+
+    The halves' deadline comes before the test's, since it says who was missing.
+    """
+    defaults = {"provider": "tcp", "interface": "lo", "timeout_s": DEADLINE_S / 2}
+    return Settings(**{"ranks_per_node": ranks_per_node, **defaults, **changes})  # type: ignore[arg-type]
 
 
 def run_world(

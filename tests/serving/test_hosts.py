@@ -17,7 +17,7 @@ from vllm_server import ENVIRONMENT, HOST, ROOT, SERVER_FLAGS, read_stats, vllm_
 sys.path.append(str(ROOT / "tests" / "hosts"))
 
 from network import Host, hosts, why_impossible
-from programs import HERE, Program
+from programs import DEADLINE_S, HERE, Program
 from ray_cluster import RayCluster, ray_cluster
 
 _PORT = 8000
@@ -114,7 +114,7 @@ def test_hosts_serve_until_one_vanishes_and_again_after_a_restart(
             assert "the ranks meet over RayBootstrap" in (first / "server.log").read_text(errors="replace")
             lost = _rank_on(machines[-1], stats)
             machines[-1].cut()
-            deadline = time.monotonic() + _TIMEOUT_S
+            deadline = time.monotonic() + DEADLINE_S
             for rank in stats.keys() - {lost}:
                 pattern = rf"EFA EP: rank {rank} sees that rank {lost} is gone"
                 _wait_for_line(first / "server.log", pattern, deadline)

@@ -12,9 +12,10 @@ import pytest
 from fault_plugin import install
 from vllm_server import PROMPTS, Server, serve
 
-TIMEOUT_S = 4
+# Enough for the live rank to do its part, on a machine that has more to do.
+TIMEOUT_S = 10
 # Our deadline, and what vLLM grants its own processes to end.
-EXIT_DEADLINE_S = TIMEOUT_S + 60
+EXIT_DEADLINE_S = TIMEOUT_S + 180
 
 
 def keep_asking(server: Server) -> threading.Thread:
@@ -62,7 +63,7 @@ def test_failed_rank_is_named_and_the_server_ends(
         asking.join()
         log = server.log_text()
         # Processes that vLLM has told to end may take a moment to do so.
-        _, leaked = psutil.wait_procs(server.processes(), timeout=20)
+        _, leaked = psutil.wait_procs(server.processes(), timeout=60)
         assert not leaked, f"left behind: {leaked}\n{server.log_tail()}"
     lines = [line for line in log.splitlines() if "EFA EP: " in line and "ERROR" in line]
     assert lines, f"nothing names the failed rank\n{log[-6000:]}"

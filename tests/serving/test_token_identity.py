@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from vllm_server import FAMILIES, PROMPTS, Server, efaemu_directory, free_port, read_stats, serve
+from vllm_server import FAMILIES, PROMPTS, Server, efaemu_directory, read_stats, reserved_port, serve
 
 # vLLM starts as many as data-parallel ranks, each of which takes seconds.
 ONE_API_SERVER = ("--api-server-count", "1")
@@ -171,17 +171,18 @@ def test_two_servers_as_two_nodes(
     flags = [
         *case.server_flags(),
         *("--data-parallel-size-local", "1", "--data-parallel-address", "127.0.0.1"),
-        *("--data-parallel-rpc-port", str(free_port())),
     ]
-    first_flags = [*flags, *ONE_API_SERVER]
-    second_flags = [*flags, "--headless", "--data-parallel-start-rank", "1"]
     model, environment = models[case.family], case.environment(stats)
-    with (
-        serve(model, first_flags, environment, tmp_path / "first.log") as first,
-        serve(model, second_flags, environment, tmp_path / "second.log") as second,
-    ):
-        wait_for_both(first, second)
-        assert_same_tokens(first.complete_all(), references[case.family])
+    with reserved_port() as rpc_port:
+        flags += ["--data-parallel-rpc-port", str(rpc_port)]
+        first_flags = [*flags, *ONE_API_SERVER]
+        second_flags = [*flags, "--headless", "--data-parallel-start-rank", "1"]
+        with (
+            serve(model, first_flags, environment, tmp_path / "first.log") as first,
+            serve(model, second_flags, environment, tmp_path / "second.log") as second,
+        ):
+            wait_for_both(first, second)
+            assert_same_tokens(first.complete_all(), references[case.family])
     assert_rows_moved(case, stats)
 
 

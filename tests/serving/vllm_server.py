@@ -65,7 +65,9 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
-START_SECONDS = 300
+# Of a machine that has more to do.
+START_SECONDS = 600
+ANSWER_SECONDS = 300
 STOP_SECONDS = 40
 
 
@@ -85,7 +87,7 @@ class Server:
                 raise RuntimeError(f"the server exited with {self.process.returncode}\n{self.log_tail()}")
             with (
                 contextlib.suppress(OSError),
-                urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=2),
+                urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=10),
             ):
                 return
             time.sleep(0.2)
@@ -106,7 +108,7 @@ class Server:
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
             token_ids: list[int] = json.load(response)["choices"][0]["token_ids"]
         return token_ids
 
@@ -117,7 +119,7 @@ class Server:
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], float]]:
         """Return our samples on /metrics by name, then by the values of their sorted labels."""
-        with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=ANSWER_SECONDS) as answer:
             families = list(text_string_to_metric_families(answer.read().decode()))
         assert any(family.name.startswith("vllm:") for family in families), "vLLM's own metrics are gone"
         samples: dict[str, dict[tuple[str, ...], float]] = {}
@@ -157,14 +159,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(
-    model: Path, flags: Sequence[str], environment: Mapping[str, str], log: Path, port: int | None = None
-) -> Iterator[Server]:
+def serve(model: Path, flags: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[Server]:
     """Run ``vllm serve`` until the block ends; does not wait for its health."""
-    port = port or free_port()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("EFA_EP_")}
-    command = [vllm_command(), "serve", str(model), *SERVER_FLAGS, "--port", str(port), *flags]
-    with log.open("wb") as output:
+    with reserved_port() as port, log.open("wb") as output:
+        command = [vllm_command(), "serve", str(model), *SERVER_FLAGS, "--port", str(port), *flags]
         process = subprocess.Popen(
             command,
             stdout=output,
@@ -172,11 +171,11 @@ def serve(
             env={**inherited, **ENVIRONMENT, **environment},
             start_new_session=True,
         )
-    server = Server(process, port, log)
-    try:
-        yield server
-    finally:
-        server.stop()
+        server = Server(process, port, log)
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 def vllm_command() -> str:
@@ -196,12 +195,16 @@ def read_stats(directory: Path) -> dict[int, dict[str, Any]]:
     return {entry["rank"]: entry for entry in exported}
 
 
-def free_port() -> int:
-    """Return a TCP port that is free right now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """Yield a TCP port that the kernel gives to nobody else while the block lasts.
+
+    Bound to it is a socket that does not listen; with SO_REUSEADDR, as vLLM and ZeroMQ have it, another may.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((HOST, 0))
+        yield holder.getsockname()[1]
 
 
 def efaemu_directory() -> Path:

@@ -58,6 +58,10 @@ class CudaWorld {
           [&, rank] { ranks_[rank] == nullptr ? run_on_cpu(rank, plans) : run_on_cuda(rank, plans); });
     }
     for (std::thread& thread : threads) thread.join();
+    for (uint32_t rank = 0; rank < ranks_.size(); ++rank) {
+      // What has arrived need not be counted yet.
+      if (world_.proxy(rank) != nullptr) world_.proxy(rank)->drain(kPatience);
+    }
     for (const auto& rank : ranks_) {
       if (rank == nullptr) continue;
       expect_no_fault(rank->error());
@@ -106,7 +110,7 @@ class CudaWorld {
           }
         }
       }
-      if (world_.proxy(rank) != nullptr) world_.proxy(rank)->drain(std::chrono::minutes(1));
+      if (world_.proxy(rank) != nullptr) world_.proxy(rank)->drain(kPatience);
     } catch (const std::exception& error) {
       ADD_FAILURE() << "CPU rank " << rank << ": " << error.what();
     }

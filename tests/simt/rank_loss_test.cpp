@@ -294,7 +294,7 @@ TEST_F(RankLoss, CapturedRoundsGoOnWithoutARankAndWithItAgain) {
   enter({kLost});
   play(rounds);
   EXPECT_GT(dropped_slots(), 0u);
-  EXPECT_TRUE(stand_in_->wait_until_idle(std::chrono::minutes(1)));
+  EXPECT_TRUE(stand_in_->wait_until_idle(kPatience));
   EXPECT_EQ(ranks_[kLost]->device().totals().rounds, rounds);
 
   enter({});
@@ -325,7 +325,7 @@ TEST_F(RankLoss, AStandInHandsItsErrorToTheRankThatServesIt) {
     EXPECT_EQ(error.half, "dispatch_recv");
     EXPECT_EQ(error.round, 1u);
   }
-  EXPECT_THROW(stand_in_->wait_until_idle(std::chrono::minutes(1)), RankTimeoutError);
+  EXPECT_THROW(stand_in_->wait_until_idle(kPatience), RankTimeoutError);
 }
 
 }  // namespace

@@ -192,7 +192,7 @@ def captured_high_throughput(vllm_rank: VllmRank) -> None:
 def fault_in_a_replay(vllm_rank: VllmRank) -> None:
     """A replayed graph makes no call that could raise: vLLM asks after each step, and the log says who."""
     manager = vllm_rank.manager
-    manager._settings = replace(manager._settings, timeout_s=1.0)
+    manager._settings = replace(manager._settings, timeout_s=3.0)
     assert manager.support_fault_tolerance
     kernel = vllm_rank.build(LOW_LATENCY, NaiveBatchedExperts, Layer.random(EXPERTS, 16))
     static = Tokens.random(MAX_TOKENS, 3, range(EXPERTS), 0)

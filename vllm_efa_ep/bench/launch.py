@@ -16,7 +16,7 @@ from vllm_efa_ep.bench.results import CellResult
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 
 _HOST = "127.0.0.1"
-_END_SECONDS = 10.0
+_END_SECONDS = 60.0
 
 
 class RanksFailedError(EfaEpError):
