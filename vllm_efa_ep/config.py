@@ -105,6 +105,15 @@ SETTINGS: tuple[Setting, ...] = (
         choices=("auto", "torch", "ray"),
     ),
     Setting(
+        "EFA_EP_TOKEN_FILE",
+        "token_file",
+        "string",
+        "",
+        "path",
+        "File with a random secret of at least 32 bytes, the same on all hosts. A process that is in torch's "
+        "process group without it is no member of the run. Unset: everybody in the group is.",
+    ),
+    Setting(
         "EFA_EP_MASK_WINDOW_S",
         "mask_window_s",
         "number",
@@ -281,6 +290,7 @@ class Settings:
     timeout_s: float = 120.0
     host_timeout_s: int = 20
     bootstrap: str = "auto"
+    token_file: str = ""
     mask_window_s: float = 10.0
     ranks_per_node: int = 0
     provider: str = "auto"

@@ -231,6 +231,8 @@ def build_generation(
     Every position is connected as at the start, each in a thread of its own.
     """
     settings = replace(settings, ranks_per_node=membership.ranks_per_node)
+    # One mask per generation, unless somebody destroys it in a store that strangers reach.
+    must_agree = {**must_agree, "the live ranks": list(membership.members)}
     server_of = servers(bootstrap.world_size, membership.ranks_per_node, membership.members)
     own = [rank for rank, server in enumerate(server_of) if server == bootstrap.rank]
     own.sort(key=lambda rank: rank != bootstrap.rank)  # this rank's own position first

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from vllm_efa_ep.doctor.instances import INSTANCES
 
 KUBERNETES = "1.34"  # of cluster.yaml
 CUSTOM = {"LeaderWorkerSet": "leaderworkerset", "RayJob": "rayjob", "ClusterConfig": "clusterconfig"}
+CRDS = os.environ.get("CRDS", "")
 PODS = pods()
 SERVING = [pod for pod in PODS if "nodeSelector" in pod.spec]
 
@@ -68,9 +71,9 @@ def test_kubernetes_refuses_a_misspelt_field(run_tool: RunTool, tmp_path: Path) 
 def test_the_operators_accept_their_objects() -> None:
     """LeaderWorkerSet, KubeRay and eksctl, by schemas that allow only what the examples should use.
 
-    They are written by hand, each from the operator's own at the commit that it names. No package of PyPI or
-    npm that we found brings those of LeaderWorkerSet and KubeRay, whose projects publish them in repositories
-    and container images; eksctl's is in one, but of 2022 (below).
+    They are written by hand, each from the operator's own at the commit that it names. No package of PyPI,
+    npm or Debian that we found brings those of LeaderWorkerSet and KubeRay, whose projects publish them in
+    repositories and container images (next test); eksctl's is in one, but of 2022 (below).
     """
     custom = [item for _, item in objects() if item["kind"] in CUSTOM] + [cluster()]
     assert {item["kind"] for item in custom} == set(CUSTOM)
@@ -79,6 +82,50 @@ def test_the_operators_accept_their_objects() -> None:
         misspelt = {**item, "specs": {}}
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(misspelt, schema(item["kind"]))
+
+
+@pytest.mark.skipif(not CRDS, reason="CRDS names no directory with the operators' own definitions")
+def test_the_operators_know_every_field() -> None:
+    """By their whole definitions, pods included; no field that they do not know.
+
+    ``CRDS=DIR make test-examples``, where DIR has ``ray.io_rayjobs.yaml`` of
+    https://github.com/ray-project/kuberay (``ray-operator/config/crd/bases``) and
+    ``leaderworkerset.x-k8s.io_leaderworkersets.yaml`` of https://github.com/kubernetes-sigs/lws
+    (``config/crd/bases``).
+    """
+    schemas = dict(whole_schemas(Path(CRDS)))
+    custom = [item for _, item in objects() if item["kind"] in CUSTOM]
+    assert custom
+    for item in custom:
+        known = jsonschema.Draft202012Validator(schemas[item["apiVersion"], item["kind"]])
+        assert [error.message for error in known.iter_errors(item)] == []
+        misspelt = json.loads(json.dumps(item).replace('"resources"', '"resource"'))
+        assert any("'resource' was unexpected" in error.message for error in known.iter_errors(misspelt))
+
+
+def whole_schemas(directory: Path) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+    """Yield the schemas of custom resource definitions by API version and kind."""
+    for path in directory.glob("*.yaml"):
+        spec = yaml.load(path.read_text(), yaml.CSafeLoader)["spec"]
+        for version in spec["versions"]:
+            whole = version["schema"]["openAPIV3Schema"]
+            forbid_unknown(whole)
+            whole["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own
+            yield (f"{spec['group']}/{version['name']}", spec["names"]["kind"]), whole
+
+
+def forbid_unknown(part: Any) -> None:
+    """Allow no property that a schema does not name; Kubernetes drops them, strict clients refuse them."""
+    if isinstance(part, list):
+        for each in part:
+            forbid_unknown(each)
+    if isinstance(part, dict):
+        if part.get("x-kubernetes-int-or-string") is True:
+            part.pop("type", None)
+        if isinstance(part.get("properties"), dict):
+            part.setdefault("additionalProperties", False)
+        for each in part.values():
+            forbid_unknown(each)
 
 
 def test_eksctl_knows_every_field(run_tool: RunTool) -> None:
@@ -133,6 +180,18 @@ def test_a_pod_takes_its_whole_node(pod: PodTemplate) -> None:
     assert limits["hugepages-2Mi"] == "5120Mi"
     assert {"cpu", "memory"} <= limits.keys()
     assert any(mount["mountPath"] == "/dev/shm" for mount in pod.spec["containers"][0]["volumeMounts"])
+
+
+@pytest.mark.parametrize("pod", SERVING, ids=lambda pod: pod.where)
+def test_a_pod_has_the_secret_of_the_run(pod: PodTemplate) -> None:
+    """Named to the program at the place where it is mounted."""
+    container = pod.spec["containers"][0]
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    words = container.get("args", [])
+    named = variables.get("EFA_EP_TOKEN_FILE") or words[words.index("--token-file") + 1]
+    (mount,) = [each for each in container["volumeMounts"] if each["name"] == "secret"]
+    assert named == f"{mount['mountPath']}/token"
+    assert {"name": "secret", "secret": {"secretName": "efa-ep"}} in pod.spec["volumes"]
 
 
 def test_the_nodes_have_what_the_pods_need() -> None:

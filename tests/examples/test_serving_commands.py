@@ -169,15 +169,18 @@ def test_the_doctors_job_is_understood() -> None:
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_the_slurm_job_starts_ray_and_serves(
-    programs: FakePrograms, vllm_parser: VllmParser, nodes: int
+    programs: FakePrograms, vllm_parser: VllmParser, nodes: int, tmp_path: Path
 ) -> None:
-    """Ray on every node, then the doctor, which may end the job, then vLLM on Ray."""
+    """Ray on every node, then the doctor, which may end the job, then vLLM on Ray; and no secret stays."""
     result = programs.run(
         ["bash", str(EXAMPLES / "parallelcluster" / "serve.sbatch"), "kimi-k2", "mixed"],
         SLURM_NNODES=str(nodes),
+        SLURM_JOB_ID="7",
+        HOME=str(tmp_path),
         EXAMPLES=str(EXAMPLES),
     )
     assert result.returncode == 0, result.stderr
+    assert not (tmp_path / ".efa-ep-7").exists()
     asked = programs.asked()
     ray_nodes = [command for command in asked if command[0] == "srun"]
     assert len(ray_nodes) == min(nodes, 2)

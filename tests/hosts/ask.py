@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from vllm_server import MODEL_NAME, NEW_TOKENS, PROMPTS
 
-_START_SECONDS = 300.0
+_START_SECONDS = 900.0
 _ANSWER_SECONDS = 120.0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ class Program:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment_on(host, settings),
+                start_new_session=True,
             )
 
     def hear(self, name: str, deadline_s: float = DEADLINE_S, of: "Program | None" = None) -> Any:
@@ -82,6 +84,7 @@ class Program:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End it."""
-        self.process.kill()
+        """End it, and the processes that it has started."""
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and so have they
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -66,7 +66,7 @@ def ray_cluster(
     settings: Mapping[str, str] | None = None,
     own_settings: Mapping[int, Mapping[str, str]] | None = None,
 ) -> Iterator[RayCluster]:
-    """Run ``ray start`` on every host; removing the hosts ends it all.
+    """Run ``ray start`` on every host; afterwards end everything that runs there.
 
     Args:
         hosts: The first is the head.
@@ -81,10 +81,16 @@ def ray_cluster(
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "SHARED_DIRECTORY": directory,
+            # How often Ray looks whether a node is there: five times in vain, and it is lost. Default: 3000.
+            "RAY_health_check_period_ms": "500",
             **(settings or {}),
         }
         cluster = RayCluster(hosts, environment, Path(directory))
         # One after the other: nodes share this machine's files, and started at once they hinder each other.
-        for host in hosts:
-            cluster.start_node(host, (own_settings or {}).get(host.index))
-        yield cluster
+        try:
+            for host in hosts:
+                cluster.start_node(host, (own_settings or {}).get(host.index))
+            yield cluster
+        finally:
+            for host in hosts:  # before the directory, into which they write
+                host.kill_processes()

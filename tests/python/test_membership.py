@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from thread_world import Meeting, Rendezvous, ThreadBootstrap, run_ranks
+from thread_world import Meeting, Rendezvous, ThreadBootstrap, outcomes_of_ranks, run_ranks, settings_of
 
-from vllm_efa_ep.errors import RankExcludedError, RankTimeoutError
+from vllm_efa_ep import AllToAllConfig
+from vllm_efa_ep.errors import ConfigurationError, RankExcludedError, RankTimeoutError
+from vllm_efa_ep.generation import build_generation
 from vllm_efa_ep.membership import Agreement, Membership
 from vllm_efa_ep.stand_in import servers
 
@@ -54,6 +56,19 @@ def test_nobody_lost_is_a_mask_as_well() -> None:
     """A transient fault costs rounds and no ranks."""
     for agreed in _agree([0, 1, 2], 3, frozenset(), _NEVER_S, {}):
         assert agreed.members == (0, 1, 2)
+
+
+def test_ranks_with_different_masks_do_not_start_together() -> None:
+    """Only where somebody destroyed the mask that stood and another took its place do ranks have two."""
+    config = AllToAllConfig(64, 4, 2, 8)
+
+    def body(thread: ThreadBootstrap) -> None:
+        mask = Membership(1, 1, (0, 1) if thread.rank == 0 else (1,), (0, 0))
+        build_generation(config, thread, settings_of(1, timeout_s=_SOON_S), {}, mask, None)
+
+    first, _ = outcomes_of_ranks(2, body)
+    assert isinstance(first.error, ConfigurationError)
+    assert "about the live ranks: rank 0 has [0, 1], rank 1 has [1]" in str(first.error)
 
 
 def test_ranks_that_see_different_losses_still_agree() -> None:

@@ -20,21 +20,23 @@ from network import Host, hosts, why_impossible
 from programs import DEADLINE_S, HERE, Program
 from ray_cluster import RayCluster, ray_cluster
 
+_HOSTS = 4
 _PORT = 8000
+# Nine processes that import vLLM, on whatever cores this machine has left.
+_START_SECONDS = 900
 _HOST_TIMEOUT_S = 5
 _TIMEOUT_S = 30
-# What vLLM and Ray take, after a rank has failed, until the server has ended.
+# What vLLM and Ray take, after a host has vanished, until the server has ended.
 _END_SECONDS = 90
 
 
 @contextlib.contextmanager
 def _serving(cluster: RayCluster, model: Path, directory: Path, backend: str) -> Iterator[Program]:
     """Run ``vllm serve`` with one rank per host; only this process has our settings, vLLM copies them."""
-    count = len(cluster.hosts)
     head = cluster.hosts[0]
     flags = [
         *("--enable-expert-parallel", "--data-parallel-backend", "ray", "--enforce-eager"),
-        *("--data-parallel-size", str(count), "--data-parallel-size-local", "1", "--api-server-count", "1"),
+        *("--data-parallel-size", str(_HOSTS), "--data-parallel-size-local", "1", "--api-server-count", "1"),
         *("--all2all-backend", f"efa_ep_{backend}", "--port", str(_PORT)),
     ]
     server_flags = [head.address if flag == HOST else flag for flag in SERVER_FLAGS]
@@ -72,30 +74,29 @@ def _restart_node(cluster: RayCluster, host: Host, log: Path) -> None:
     host.mend()
     host.kill_processes()
     cluster.start_node(host)
-    with cluster.driver(log, "wait_for_nodes", "", "", str(len(cluster.hosts))) as driver:
+    with cluster.driver(log, "wait_for_nodes", "", "", str(_HOSTS)) as driver:
         driver.hear("nodes")
 
 
 @pytest.mark.skipif(bool(why_impossible()), reason=why_impossible())
 @pytest.mark.parametrize(
-    ("count", "backend"),
-    [
-        (2, "low_latency"),
-        pytest.param(4, "low_latency", marks=pytest.mark.long),
-        pytest.param(4, "high_throughput", marks=pytest.mark.long),
-    ],
+    ("backend", "to_its_end"),
+    [("low_latency", False), pytest.param("high_throughput", True, marks=pytest.mark.long)],
 )
-def test_hosts_serve_until_one_vanishes_and_again_after_a_restart(
-    count: int,
+def test_four_hosts_serve_until_one_vanishes_and_again_after_a_restart(
     backend: str,
+    to_its_end: bool,
     models: dict[str, Path],
     references: dict[str, list[list[int]]],
     tmp_path: Path,
 ) -> None:
-    """The last host's link goes down while all ranks are busy; every other rank says who is missing."""
+    """The last host's link goes down while all ranks are busy; every other rank says who is missing.
+
+    The server ends when Ray has missed the host for long enough, which is waited for in the long form only.
+    """
     model, expected = models["qwen3_moe"], references["qwen3_moe"]
     environment = {**ENVIRONMENT, "RAY_DEDUP_LOGS": "0"}
-    with hosts(count) as machines, ray_cluster(machines, environment) as cluster:
+    with hosts(_HOSTS) as machines, ray_cluster(machines, environment) as cluster:
         first, second = tmp_path / "first", tmp_path / "second"
         for directory in (first, second):
             directory.mkdir()
@@ -103,13 +104,13 @@ def test_hosts_serve_until_one_vanishes_and_again_after_a_restart(
             _serving(cluster, model, first, backend) as server,
             _ask(cluster, first / "ask.log", "on") as asking,
         ):
-            asking.hear("healthy", 300, server)
+            asking.hear("healthy", _START_SECONDS, server)
             assert asking.hear("tokens", of=server) == expected
             stats = read_stats(first / "stats")
-            assert sorted(stats) == list(range(count))
+            assert sorted(stats) == list(range(_HOSTS))
             for rank in stats.values():
                 (counters,) = rank["all_to_alls"]
-                assert counters["nodes"] == count
+                assert counters["nodes"] == _HOSTS
                 assert counters["network_rows"] > 0
             assert "the ranks meet over RayBootstrap" in (first / "server.log").read_text(errors="replace")
             lost = _rank_on(machines[-1], stats)
@@ -119,8 +120,9 @@ def test_hosts_serve_until_one_vanishes_and_again_after_a_restart(
                 pattern = rf"EFA EP: rank {rank} sees that rank {lost} is gone"
                 _wait_for_line(first / "server.log", pattern, deadline)
             assert asking.hear("refused")
-            server.process.wait(_END_SECONDS)
+            if to_its_end:
+                server.process.wait(_END_SECONDS)
         _restart_node(cluster, machines[-1], tmp_path / "nodes.log")
         with _serving(cluster, model, second, backend) as server, _ask(cluster, second / "ask.log") as asking:
-            asking.hear("healthy", 300, server)
+            asking.hear("healthy", _START_SECONDS, server)
             assert asking.hear("tokens", of=server) == expected

@@ -15,14 +15,14 @@ def choose_bootstrap(group: dist.ProcessGroup, settings: Settings) -> Bootstrap:
     """Collective: return the same kind of bootstrap on all ranks, as ``EFA_EP_BOOTSTRAP`` says.
 
     With Ray, what the ranks publish while one of them fails does not depend on the process that hosts the
-    group's store. The group hands the run's token to its members.
+    group's store. The run's token is the group's (``TorchBootstrap``).
 
     Raises:
         ConfigurationError: Ray was asked for and not all ranks are Ray workers, or the ranks ask for
             different bootstraps.
 
     """
-    over_group = TorchBootstrap(group)
+    over_group = TorchBootstrap(group, settings=settings)
     told = over_group.all_gather(json.dumps([settings.bootstrap, _is_ray_worker()]).encode())
     wanted, on_ray = zip(*map(json.loads, told), strict=True)
     if len(set(wanted)) > 1:

@@ -3,9 +3,10 @@
 import json
 import time
 from base64 import b64decode, b64encode
+from contextlib import suppress
 from typing import Any, Protocol
 
-from vllm_efa_ep.errors import RankTimeoutError
+from vllm_efa_ep.errors import EfaEpError, RankTimeoutError
 from vllm_efa_ep.messages import read_json
 
 _FIRST_POLL_SECONDS = 0.001
@@ -48,6 +49,7 @@ class KeyGather:
 
         Raises:
             RankTimeoutError: A rank did not come, or a rank gave up.
+            MembershipError: A stranger has written in a rank's place; rank 0 finds out and gives up.
             ConfigurationError: What a rank published is not what this version publishes.
 
         """
@@ -58,8 +60,9 @@ class KeyGather:
         if self._rank == 0:
             try:
                 texts = [self._await(keys, f"{prefix}/{rank}", rank, deadline) for rank in range(self._size)]
-            except RankTimeoutError as error:
-                self.give_up(keys, str(error))
+            except EfaEpError as error:
+                with suppress(EfaEpError):
+                    self.give_up(keys, str(error))
                 raise
             gathered = json.dumps(texts)
             keys.publish(f"{prefix}/all", gathered)

@@ -37,7 +37,7 @@ _ANSWER_SECONDS = 5.0
 _ACTOR_SECONDS = 60.0
 _HEAD = {"node:__internal_head__": 0.001}
 # Settings that name something of one host.
-_OF_ONE_HOST = ("libfabric", "interface", "stats_dir")
+_OF_ONE_HOST = ("libfabric", "interface", "stats_dir", "token_file")
 
 
 class RayBootstrap(Member):

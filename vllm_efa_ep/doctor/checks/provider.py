@@ -29,8 +29,9 @@ CHECK = Check(
         "outside."
     ),
     fix=(
-        "`unset EFA_EP_PROVIDER FI_PROVIDER`, mend what `vllm-efa-ep doctor` says of efa-driver, "
-        "efa-access, memlock and libfabric, and look at `/opt/amazon/efa/bin/fi_info -p efa`."
+        "Without EFA devices: that of efa-devices. With them: `unset EFA_EP_PROVIDER FI_PROVIDER`, mend "
+        "what `vllm-efa-ep doctor` says of efa-driver, efa-access, memlock and libfabric, and look at "
+        "`/opt/amazon/efa/bin/fi_info -p efa`."
     ),
     examine=_examine,
 )

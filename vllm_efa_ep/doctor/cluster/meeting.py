@@ -10,14 +10,12 @@ from pathlib import Path
 
 from torch._C._distributed_c10d import TCPStore
 
-from vllm_efa_ep.bootstrap.run import Run
+from vllm_efa_ep.bootstrap.run import Run, read_secret
 from vllm_efa_ep.bootstrap.store import StoreBootstrap
 from vllm_efa_ep.errors import ConfigurationError, RankTimeoutError
 
 _NAME = "doctor"
 _POLL_SECONDS = 0.02
-_FEWEST_BYTES = 32
-_HOW = "`openssl rand -hex 32 > FILE` once, and give the same file to all nodes and to nobody else"
 
 
 def run_of(token_file: Path) -> Run:
@@ -27,15 +25,7 @@ def run_of(token_file: Path) -> Run:
         ConfigurationError: It cannot be read, or holds too little to be a secret.
 
     """
-    try:
-        secret = token_file.read_bytes().strip()
-    except OSError as error:
-        raise ConfigurationError(f"--token-file {token_file}: {error.strerror}; {_HOW}") from error
-    if len(secret) < _FEWEST_BYTES:
-        raise ConfigurationError(
-            f"--token-file {token_file} holds {len(secret)} bytes, and a secret has at least "
-            f"{_FEWEST_BYTES}; {_HOW}"
-        )
+    secret = read_secret(token_file, "--token-file")
     return Run(_NAME, hashlib.sha256(secret).digest())
 
 
