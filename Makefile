@@ -31,7 +31,7 @@ export CUDA_HOME
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-simt test-ptx-schedules test-cuda-build test-fuzz test-python
+.PHONY: help setup demo serve test test-long test-cpp test-sanitizers test-simt test-schedules test-cuda-build test-fuzz test-python
 .PHONY: mutation-test test-examples test-hosts test-serving gpu-test soak fuzz bench docs lint clean
 
 help:
@@ -90,6 +90,7 @@ test: lint test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-pyt
 test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
 test-long: test
+	@$(MAKE) --no-print-directory test-schedules
 
 PYTEST_MARKERS ?= -m "not long"
 
@@ -102,27 +103,17 @@ define cpp_tests
 	@$(3) PATH=$(BIN):$$PATH ctest --test-dir $(BUILD)/cpp-$(1) --output-on-failure
 endef
 
-# $(call simt_sweep,name): the CUDA kernels on 20 random schedules, in a tree of cpp_tests, worlds of up to four ranks
-define simt_sweep
-	@echo "== CUDA kernels on random schedules ($(1))"
-	@for seed in $$(seq 20); do \
-	  schedule="SIMT_SEED=$$seed SIMT_CHAOS=$$((2 + seed % 6))"; \
-	  env $$schedule LONG_TESTS=0 GTEST_FILTER='-LargeWorld.*:Nodes/*/5:Nodes/*/6:Bytes.Of*' PATH=$(BIN):$$PATH \
-	    ctest --test-dir $(BUILD)/cpp-$(1) -R '^simt_(halves|faults|quantisation|bytes)_test$$' -Q --output-on-failure \
-	    || { echo "with $$schedule"; exit 1; }; \
-	done
-endef
-
 # What tests/python imports beside the package
 TEST_MODULE := -DEFA_EP_TEST_MODULE=ON -DPython_EXECUTABLE=$(BIN)/python
 # and a _core whose CUDA kernels run on CPU fibers
 FIBERS := -DEFA_EP_MODULE=ON -DEFA_EP_SIMT=ON -DEFA_EP_CUDA=SIMT
 
-# and their PTX, translated: for all GPUs, but under sanitizers for one or none, unless in test-long
+# and their PTX, translated: for all GPUs, but under sanitizers for one or none, unless in test-long. There clang
+# compiles it: g++ needs minutes for a kernel with addresses checked, clang seconds.
 IS_LONG = $(filter 1,$(LONG_TESTS))
 PTX := '-DEFA_EP_PTX=80;90a;100a'
 PTX_THREAD = -DPython_EXECUTABLE=$(BIN)/python $(if $(IS_LONG),$(PTX),-DEFA_EP_PTX=90a)
-PTX_ADDRESS = $(if $(IS_LONG),-DPython_EXECUTABLE=$(BIN)/python $(PTX))
+PTX_ADDRESS := -DCMAKE_CXX_COMPILER=clang++-19 -DEFA_EP_TESTS=OFF -DPython_EXECUTABLE=$(BIN)/python $(PTX)
 
 test-cpp: setup
 	$(call cpp_tests,plain,$(TEST_MODULE) $(FIBERS) $(PTX))
@@ -132,8 +123,8 @@ test-cpp: setup
 
 test-sanitizers: setup
 	$(call cpp_tests,thread,-DEFA_EP_SANITIZE=thread)
-	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined -DEFA_EP_SIMT=ON $(PTX_ADDRESS))
-	$(if $(IS_LONG),$(call simt_sweep,address))
+	$(call cpp_tests,address,-DEFA_EP_SANITIZE=address$(comma)undefined -DEFA_EP_SIMT=ON)
+	$(if $(IS_LONG),$(call cpp_tests,ptx-address,-DEFA_EP_SANITIZE=address$(comma)undefined -DEFA_EP_SIMT=ON $(PTX_ADDRESS)))
 
 # The CUDA kernels on CPU fibers under ThreadSanitizer, each CUDA thread a thread to it, with random preemption.
 # clang's run time: gcc's takes ten times the memory. test-cpp and test-sanitizers run them plain and with addresses
@@ -141,21 +132,11 @@ test-sanitizers: setup
 SIMT_THREAD := -DCMAKE_CXX_COMPILER=clang++-19 -DEFA_EP_TESTS=OFF -DEFA_EP_SIMT=ON -DEFA_EP_SANITIZE=thread
 test-simt: setup
 	$(call cpp_tests,simt,$(SIMT_THREAD) $(PTX_THREAD),SIMT_CHAOS=6)
-	$(if $(IS_LONG),$(call simt_sweep,simt))
-	@$(if $(IS_LONG),$(MAKE) --no-print-directory test-ptx-schedules)
 
-# All tests on the PTX of all GPUs under ThreadSanitizer, and the small worlds in 20 schedules
-test-ptx-schedules: export TSAN_OPTIONS := halt_on_error=1
-test-ptx-schedules: export LONG_TESTS := 0
-test-ptx-schedules:
-	@for program in $(BUILD)/cpp-simt/simt/ptx/simt_ptx_sm_*; do \
-	  SIMT_CHAOS=6 $$program --gtest_brief=1 --gtest_filter='-Releases.*' || exit 1; \
-	  for seed in $$(seq 20); do \
-	    echo "== $${program##*/}: SIMT_SEED=$$seed SIMT_CHAOS=$$((seed % 4 + 2))"; \
-	    SIMT_SEED=$$seed SIMT_CHAOS=$$((seed % 4 + 2)) $$program --gtest_brief=1 \
-	      --gtest_filter='Nodes/Worlds.*/1:Nodes/Worlds.*/3:Nodes/Worlds.*/4' || exit 1; \
-	  done; \
-	done
+# The CUDA kernels on 20 random schedules in other worlds each, in the trees that test-long has built
+test-schedules:
+	@echo "== CUDA kernels on random schedules"
+	@$(BIN)/python -m tests.simt.schedules plain=$(BUILD)/cpp-plain address=$(BUILD)/cpp-ptx-address thread=$(BUILD)/cpp-simt
 
 # Takes about ten minutes on two idle cores. MUTANTS=regular expression chooses by 'file: name'.
 mutation-test: setup

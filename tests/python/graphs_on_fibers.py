@@ -3,7 +3,7 @@
 Each rank captures a round once. The graph is replayed with other tokens; then a rank is lost, and the others
 replay the graph that they have; then a new process takes the lost one's place.
 
-    python graphs_on_fibers.py DIRECTORY_OF_CORE LIBFABRIC
+    python graphs_on_fibers.py DIRECTORY_OF_CORE LIBFABRIC per_expert|per_token
 """
 
 import sys
@@ -17,7 +17,7 @@ from cuda_on_fibers import Streams, fake_cuda, load_core
 from fake_driver import FakeDriver
 
 if TYPE_CHECKING:
-    from vllm_efa_ep import AllToAll
+    from vllm_efa_ep import AllToAll, Dispatched
 
 _SIZE, _RANKS_PER_NODE, _VICTIM = 4, 2, 2
 _TOKENS, _HIDDEN, _TOP_K, _EXPERTS = 8, 32, 3, 8
@@ -28,7 +28,10 @@ _KERNELS = 8  # of a round with several nodes of several ranks: docs/cuda_kernel
 
 @dataclass
 class Graph:
-    """A captured round. Experts are the identity, so a token comes back times its weights."""
+    """A captured round. Experts are the identity, so a token comes back as often as it is summed.
+
+    per_expert: once per expert, times its weight. per_token: once per rank, which has the weights applied.
+    """
 
     streams: Streams
     driver: FakeDriver
@@ -39,16 +42,20 @@ class Graph:
     count: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
     out: torch.Tensor = field(default_factory=lambda: torch.zeros(_TOKENS, _HIDDEN))
     recorded: list[int] = field(default_factory=list)
+    received: "Dispatched | None" = None
 
     def capture(self, all_to_all: "AllToAll") -> None:
         """Record a round; nothing but kernel launches may happen meanwhile."""
         with _ALONE:  # the list of calls is the whole process's
             before = len(self.driver.calls)
             with self.streams.capture() as self.recorded:
-                received, handle = all_to_all.dispatch(self.x, self.ids, self.weights, count=self.count)
-                all_to_all.combine(received.x, handle, self.out, weights_applied=False)
-            assert self.driver.calls[before:] == [], self.driver.calls[before:]
-        assert self.streams.size(self.recorded) == _KERNELS
+                self.received, handle = all_to_all.dispatch(self.x, self.ids, self.weights, count=self.count)
+                all_to_all.combine(self.received.x, handle, self.out)
+            calls = self.driver.calls[before:]
+        # Rows that do not come are marked, where ids are received.
+        marks = ["cuMemsetD32Async"] if all_to_all.config.layout == "per_token" else []
+        assert calls == marks, calls
+        assert self.streams.size(self.recorded) == _KERNELS + len(marks)
 
     def replay(self, all_to_all: "AllToAll", rounds: int, seed: int) -> int:
         """Run it with other tokens and check what comes back; return how many slots were dropped."""
@@ -62,20 +69,39 @@ class Graph:
             self.weights.copy_(torch.randint(1, 8, self.weights.shape, generator=random) / 4)
             self.count.copy_(torch.randint(_TOKENS // 2, _TOKENS + 1, (1,), generator=random))
             self.out.zero_()
+            before = all_to_all.stats().received_rows
             self.streams.replay(self.recorded)
             all_to_all._generations.current()._device._core.wait(self.streams.current())
             counted = torch.arange(_TOKENS).unsqueeze(1) < self.count
             named = (self.ids >= 0) & counted
             arrives = named & live[owners[self.ids.clamp(min=0).long()]]
-            want = self.x * (self.weights * arrives).sum(1, keepdim=True)
+            if all_to_all.config.layout == "per_expert":
+                times = (self.weights * arrives).sum(1, keepdim=True)
+            else:
+                reached = torch.zeros(_TOKENS, _SIZE, dtype=torch.int64)
+                reached.scatter_reduce_(1, owners[self.ids.clamp(min=0).long()], arrives.long(), "amax")
+                times = reached.sum(1, keepdim=True)
+                self.check_ids(all_to_all.stats().received_rows - before, owners)
+            want = self.x * times
             torch.testing.assert_close(self.out, want, rtol=0, atol=0)
             dropped += int((named & ~arrives).sum())
         return dropped
 
+    def check_ids(self, rows: int, owners: torch.Tensor) -> None:
+        """All rows that came name an expert of this rank, and the others none, whatever they once did."""
+        assert self.received is not None
+        ids = self.received.topk_ids
+        assert ids is not None
+        assert len(ids) == _SIZE * _TOKENS
+        assert 0 < rows < len(ids)
+        assert (ids[rows:] == -1).all()
+        came = ids[:rows]
+        assert ((came >= 0) & (owners[came.clamp(min=0).long()] == self.rank)).any(1).all()
+
 
 def main() -> None:
     """Capture, replay, lose a rank, replay, let it in again, replay."""
-    directory, libfabric = sys.argv[1:]
+    directory, libfabric, layout = sys.argv[1:]
     streams, driver = fake_cuda(load_core(Path(directory)), "pinned")
 
     from thread_world import ThreadBootstrap, outcomes_of_ranks, settings_of
@@ -85,7 +111,7 @@ def main() -> None:
 
     config = AllToAllConfig(
         *(_HIDDEN, _EXPERTS, _TOP_K, _TOKENS, torch.float32, torch.float32),
-        layout="per_expert",
+        layout=layout,
         device="cuda",
     )
     settings = settings_of(

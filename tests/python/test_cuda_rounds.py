@@ -36,6 +36,7 @@ def test_rounds_match_the_oracle(signals: str) -> None:
     _run("cuda_on_fibers.py", signals)
 
 
-def test_a_captured_round_outlives_the_loss_of_a_rank() -> None:
+@pytest.mark.parametrize("layout", ["per_expert", "per_token"])
+def test_a_captured_round_outlives_the_loss_of_a_rank(layout: str) -> None:
     """The same graph is replayed before, without the rank, and after its return; a half is launches only."""
-    _run("graphs_on_fibers.py")
+    _run("graphs_on_fibers.py", layout)

@@ -35,39 +35,12 @@ class EmulatedCudaWorld {
   EmulatedCudaWorld(const WorldConfig& config, const EmulatedProfile& profile,
                     const CudaRank::Options& options, std::vector<Strike> strikes = {})
       : config_(config),
+        options_(options),
         network_({.profile = profile, .seed = config.seed, .check_sources = true}),
         strikes_(std::move(strikes)),
         ends_(config.world()) {
-    const Topology& topology = config.layout.topology;
-    for (uint32_t rank = 0; rank < config.world(); ++rank) {
-      arenas_.emplace_back(config.layout.total_bytes());
-      fabrics_.push_back(std::make_unique<EmulatedFabric>(network_, rank));
-      fabrics_[rank]->register_memory(arenas_[rank].data(), config.layout.total_bytes());
-    }
-    for (uint32_t rank = 0; rank < config.world(); ++rank) {
-      for (uint32_t node = 0; node < topology.nodes(); ++node) {
-        const uint32_t peer = topology.rail_peer(rank, node);
-        if (peer != rank) fabrics_[rank]->connect(peer, fabrics_[peer]->address());
-      }
-      policies_.push_back(
-          SignalPolicy::create(SignalPolicyKind::kCounted, *fabrics_[rank], network_.clock()));
-      proxies_.push_back(std::make_unique<Proxy>(*policies_[rank], arenas_[rank].data(),
-                                                 ProxyOptions{.layout = config.layout,
-                                                              .rank = rank,
-                                                              .chunk_bytes = config.chunk_bytes,
-                                                              .ring_commands = config.ring_commands,
-                                                              .timeout = kRefusalTimeout,
-                                                              .clock = &network_.clock()},
-                                                 false));
-    }
-    for (uint32_t rank = 0; rank < config.world(); ++rank) {
-      std::vector<std::byte*> arenas;
-      for (uint32_t index = 0; index < topology.ranks_per_node; ++index) {
-        arenas.push_back(arenas_[topology.rank_at(topology.node_of(rank), index)].data());
-      }
-      ranks_.push_back(
-          std::make_unique<CudaRank>(config_, rank, std::move(arenas), proxies_[rank].get(), options));
-    }
+    for (uint32_t rank = 0; rank < config.world(); ++rank) arenas_.emplace_back(config.layout.total_bytes());
+    build();
     thread_ = std::thread([this] {
       while (!stop_.load(std::memory_order_relaxed)) {
         if (!move_traffic()) std::this_thread::yield();
@@ -80,6 +53,41 @@ class EmulatedCudaWorld {
   }
   EmulatedCudaWorld(const EmulatedCudaWorld&) = delete;
   EmulatedCudaWorld& operator=(const EmulatedCudaWorld&) = delete;
+
+  /// Builds a new generation, as all live ranks do after a loss: new endpoints, proxies and workspaces, in
+  /// the memory of the old ones, which is registered anew. A lost rank's position takes part. Nobody strikes
+  /// again.
+  void renew(const CudaRank::Options& options) {
+    const std::lock_guard lock(network_mutex_);
+    options_ = options;
+    strikes_.clear();
+    // In this order: each needs the next.
+    ranks_.clear();
+    proxies_.clear();
+    policies_.clear();
+    fabrics_.clear();
+    for (TestMemory& arena : arenas_) std::fill_n(arena.data(), arena.bytes(), std::byte{0});
+    build();
+  }
+
+  /// Lets nothing happen on the network that is due later than this, until release().
+  void hold(std::chrono::nanoseconds after) {
+    const std::lock_guard lock(network_mutex_);
+    held_from_ = network_.now() + after;
+  }
+  /// Whether anything is still on its way.
+  bool in_flight() {
+    const std::lock_guard lock(network_mutex_);
+    return network_.next_event().has_value();
+  }
+  /// Lets all of it happen.
+  void release() {
+    {
+      const std::lock_guard lock(network_mutex_);
+      held_from_ = EmulatedNetwork::kForEver;
+    }
+    settle();
+  }
 
   /// How a rank's rounds ended.
   struct End {
@@ -104,6 +112,38 @@ class EmulatedCudaWorld {
   static constexpr std::chrono::nanoseconds kRefusalTimeout = std::chrono::milliseconds(50);
   static constexpr std::chrono::nanoseconds kIdleStep = std::chrono::microseconds(10);
 
+  void build() {
+    const Topology& topology = config_.layout.topology;
+    for (uint32_t rank = 0; rank < config_.world(); ++rank) {
+      fabrics_.push_back(std::make_unique<EmulatedFabric>(network_, rank));
+      fabrics_[rank]->register_memory(arenas_[rank].data(), config_.layout.total_bytes());
+    }
+    for (uint32_t rank = 0; rank < config_.world(); ++rank) {
+      for (uint32_t node = 0; node < topology.nodes(); ++node) {
+        const uint32_t peer = topology.rail_peer(rank, node);
+        if (peer != rank) fabrics_[rank]->connect(peer, fabrics_[peer]->address());
+      }
+      policies_.push_back(
+          SignalPolicy::create(SignalPolicyKind::kCounted, *fabrics_[rank], network_.clock()));
+      proxies_.push_back(std::make_unique<Proxy>(*policies_[rank], arenas_[rank].data(),
+                                                 ProxyOptions{.layout = config_.layout,
+                                                              .rank = rank,
+                                                              .chunk_bytes = config_.chunk_bytes,
+                                                              .ring_commands = config_.ring_commands,
+                                                              .timeout = kRefusalTimeout,
+                                                              .clock = &network_.clock()},
+                                                 false));
+    }
+    for (uint32_t rank = 0; rank < config_.world(); ++rank) {
+      std::vector<std::byte*> arenas;
+      for (uint32_t index = 0; index < topology.ranks_per_node; ++index) {
+        arenas.push_back(arenas_[topology.rank_at(topology.node_of(rank), index)].data());
+      }
+      ranks_.push_back(
+          std::make_unique<CudaRank>(config_, rank, std::move(arenas), proxies_[rank].get(), options_));
+    }
+  }
+
   /// Gives every living proxy a turn; if none has anything to do, lets the network's time go on.
   bool move_traffic() {
     const std::lock_guard lock(network_mutex_);
@@ -115,19 +155,21 @@ class EmulatedCudaWorld {
         moved |= ranks_[rank]->pump();
       }
     }
-    if (moved || network_.advance()) return true;
+    if (moved || (is_due() && network_.advance())) return true;
     network_.advance_to(network_.now() + kIdleStep);  // for posts that are refused without end
     return false;
   }
 
-  /// Lets everything that is still on its way arrive, and be told to its source.
+  bool is_due() const { return network_.next_event().value_or(held_from_) < held_from_; }
+
+  /// Lets everything that is still on its way and not held arrive, and be told to its source.
   void settle() {
     const Patience patience;
     while (true) {
       patience.check();
       const std::lock_guard lock(network_mutex_);
       for (const auto& rank : ranks_) rank->pump();
-      if (!network_.next_event()) return;
+      if (!is_due()) return;
     }
   }
 
@@ -184,8 +226,10 @@ class EmulatedCudaWorld {
 
   const WorldConfig config_;
   const testing::ScopedTrace trace_{__FILE__, __LINE__, testing::Message() << config_};
+  CudaRank::Options options_;
   EmulatedNetwork network_;
-  const std::vector<Strike> strikes_;
+  std::vector<Strike> strikes_;
+  std::chrono::nanoseconds held_from_ = EmulatedNetwork::kForEver;
   std::vector<End> ends_;
   std::vector<TestMemory> arenas_;
   std::vector<std::unique_ptr<EmulatedFabric>> fabrics_;

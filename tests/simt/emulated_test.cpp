@@ -145,5 +145,50 @@ TEST_P(FaultOnDevice, EndsInSurvivalOrInANamedError) {
 INSTANTIATE_TEST_SUITE_P(All, FaultOnDevice, testing::Range(size_t{0}, faults().size()),
                          [](const auto& info) { return faults()[info.param].name; });
 
+// Rounds in which a rank has no tokens and its experts get none.
+CudaWorld::Plans plan_without(uint32_t lost, const WorldConfig& config) {
+  Planner planner(config);
+  CudaWorld::Plans plans(config.layout.channels);
+  for (auto& rounds : plans) {
+    for (uint32_t round = 0; round < config.rounds; ++round) {
+      rounds.push_back(planner.plan([&](uint32_t rank, RankRound& plan) {
+        if (rank == lost) plan = {};
+        for (int64_t& id : plan.ids) {
+          if (id >= 0 && config.expert_owner[static_cast<size_t>(id)] == lost) id = -1;
+        }
+      }));
+    }
+  }
+  return plans;
+}
+
+// They come when the others begin to go on without it, and use the same memory again.
+TEST(AfterALoss, WritesThatTheLostRankHadPostedLandNowhere) {
+  if (kSanitized) GTEST_SKIP() << "kernels that a sanitizer slows down miss deadlines of their own accord";
+  constexpr uint32_t kLost = 1;
+  for (const auto& [nodes, ranks_per_node] : {Shape{2, 2}, Shape{3, 1}}) {
+    WorldConfig config = config_of(nodes, ranks_per_node, test_seed(900 + nodes));
+    config.routing = Routing::kUniform;
+    config.rounds = 3;
+    CudaRank::Options impatient;
+    impatient.timeout_ns = 500'000'000;
+    EmulatedCudaWorld world(
+        config, emulated_profile("hostile"), impatient,
+        {{Half::kDispatchSend, kLost, 0, 2, {.kind = FaultKind::kDie, .at_post = 2, .late_by = 1h}}});
+    world.hold(1min);
+    world.run(plan_rounds(config));
+    for (uint32_t rank = 0; rank < config.world(); ++rank) EXPECT_FALSE(world.end(rank).finished);
+    ASSERT_TRUE(world.in_flight());
+
+    world.renew({});
+    world.release();
+    ASSERT_FALSE(world.in_flight());
+    world.run(plan_without(kLost, config));
+    for (uint32_t rank = 0; rank < config.world(); ++rank) {
+      EXPECT_TRUE(world.end(rank).finished) << "rank " << rank << " of " << nodes << " nodes";
+    }
+  }
+}
+
 }  // namespace
 }  // namespace efa_ep

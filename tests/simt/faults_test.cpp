@@ -213,7 +213,11 @@ TEST(Faults, ARowThatNamesNoExpertIsRefused) {
     const WorldConfig config = small_config(nodes, 2 / nodes);
     CudaWorld world(config, impatient());
     const Layout& layout = config.layout;
-    const auto round = Planner(config).plan();
+    auto round = Planner(config).plan();
+    // The row is written out before its ids are looked at, and no plan has it.
+    round[0].received_x.resize(config.world() * layout.max_tokens * layout.row.payload_bytes);
+    round[0].received_ids.resize(config.world() * layout.max_tokens * kTopK);
+    round[0].received_weights.resize(round[0].received_ids.size());
     world.rank(0).dispatch_send(0, round[0]);
     world.rank(0).sync();
     const int32_t ids[kTopK] = {static_cast<int32_t>(config.experts()), 0};

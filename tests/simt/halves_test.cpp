@@ -125,7 +125,7 @@ TEST(Releases, AreOnePerChunkAndPair) {
 
 TEST(LargeWorld, OfFourNodesWithFourRanksRunsItsRounds) {
   if (kSanitized) GTEST_SKIP() << "more threads than ThreadSanitizer can follow";
-  for (uint32_t turn = 0; turn < amount(1, 12); ++turn) {
+  for (uint32_t turn = 0; turn < amount(4, 12); ++turn) {  // all layouts
     const uint64_t seed = test_seed(44 + turn);
     const WorldConfig config = draw(4, 4, turn, seed);
     CudaWorld(config, draw_options(seed)).run(plan_rounds(config));

@@ -1,5 +1,5 @@
-// Rounds in the shapes of real models, with few tokens: experts, top-k, hidden size and dispatch format are
-// the models' own (their published config.json files).
+// Rounds in the shapes of real models, with few tokens: experts, top-k and hidden size are the models' own
+// (their published config.json files), formats those that they are served in.
 #include <gtest/gtest.h>
 
 #include <string>
@@ -15,36 +15,49 @@ struct Model {
   uint32_t experts, top_k, hidden;
 };
 
-// Rows as they are dispatched.
+// A row as it is dispatched: bits of a value, and for how many values there is a scale, of how many bytes.
 struct Format {
   const char* name;
-  uint32_t payload_bytes_per_128, scale_bytes_per_128;
+  uint32_t bits, block, scale_bytes;
 };
 
-constexpr Model kModels[] = {{"DeepSeekV3", 256, 8, 7168},
-                             {"KimiK2", 384, 8, 7168},
-                             {"Qwen3_235B", 128, 8, 4096},
-                             {"GptOss120B", 128, 4, 2880},
-                             {"Mixtral8x7B", 8, 2, 4096}};
-constexpr Format kFormats[] = {{"Bf16", 256, 0}, {"Fp8", 128, 4}};
+constexpr Model kDeepSeekV3 = {"DeepSeekV3", 256, 8, 7168};
+constexpr Model kKimiK2 = {"KimiK2", 384, 8, 7168};
+constexpr Model kQwen3 = {"Qwen3_235B", 128, 8, 4096};
+constexpr Model kGptOss = {"GptOss120B", 128, 4, 2880};
+constexpr Model kMixtral = {"Mixtral8x7B", 8, 2, 4096};
 
-class Shapes : public testing::TestWithParam<std::tuple<Model, Format>> {};
+constexpr Format kBf16 = {"Bf16", 16, 0, 0};
+constexpr Format kFp8 = {"Fp8", 8, 128, 4};
+constexpr Format kMxfp8 = {"Mxfp8", 8, 32, 1};
+constexpr Format kNvfp4 = {"Nvfp4", 4, 16, 1};
+
+struct Shape {
+  Model model;
+  Format format;
+};
+
+constexpr Shape kShapes[] = {{kDeepSeekV3, kBf16}, {kDeepSeekV3, kFp8}, {kDeepSeekV3, kNvfp4},
+                             {kKimiK2, kBf16},     {kKimiK2, kFp8},     {kQwen3, kBf16},
+                             {kQwen3, kFp8},       {kGptOss, kBf16},    {kGptOss, kMxfp8},
+                             {kMixtral, kBf16},    {kMixtral, kFp8}};
+
+class Shapes : public testing::TestWithParam<Shape> {};
 
 TEST_P(Shapes, RunTheirRounds) {
   const auto& [model, format] = GetParam();
+  const bool has_scales = format.block > 0;
   WorldConfig config;
   config.layout.topology = {4, 2};
-  const uint32_t blocks = model.hidden / 128;
-  if (format.scale_bytes_per_128 > 0 && model.hidden % 128 != 0) GTEST_SKIP() << "no whole blocks of 128";
   config.layout.row = {.top_k = model.top_k,
-                       .payload_bytes = model.hidden / 16 * (format.payload_bytes_per_128 / 8),
-                       .scale_bytes = blocks * format.scale_bytes_per_128,
+                       .payload_bytes = model.hidden * format.bits / 8,
+                       .scale_bytes = has_scales ? model.hidden / format.block * format.scale_bytes : 0,
                        .combine_bytes = model.hidden * 2};
   config.layout.max_tokens = amount(8, 128);
   for (uint32_t expert = 0; expert < model.experts; ++expert) {
     config.expert_owner.push_back(expert / (model.experts / config.world()));
   }
-  config.per_expert = format.scale_bytes_per_128 > 0;  // as the low-latency backend does
+  config.per_expert = has_scales;  // as the low-latency backend does
   config.weights_applied = !config.per_expert;
   config.routing = Routing::kDistinct;
   config.chunk_bytes = 64 * 1024;
@@ -55,11 +68,9 @@ TEST_P(Shapes, RunTheirRounds) {
   CudaWorld(config, {}).run(plan_rounds(config));
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, Shapes,
-                         testing::Combine(testing::ValuesIn(kModels), testing::ValuesIn(kFormats)),
-                         [](const auto& info) {
-                           return std::string(std::get<0>(info.param).name) + std::get<1>(info.param).name;
-                         });
+INSTANTIATE_TEST_SUITE_P(Models, Shapes, testing::ValuesIn(kShapes), [](const auto& info) {
+  return std::string(info.param.model.name) + info.param.format.name;
+});
 
 }  // namespace
 }  // namespace efa_ep
