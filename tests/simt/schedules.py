@@ -3,7 +3,7 @@
 Every seed makes other worlds (TEST_SEED) and preempts elsewhere (SIMT_SEED, SIMT_CHAOS). A run that fails is
 printed with the command that repeats it, and the others go on. A table at the end says what ran.
 
-    python -m tests.simt.schedules plain=build/cpp-plain address=build/cpp-ptx-address thread=build/cpp-simt
+    python -m tests.simt.schedules plain=build/cpp-plain address=build/cpp-address thread=build/cpp-simt
 
 Exit status 1: something failed.
 """

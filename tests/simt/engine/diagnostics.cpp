@@ -2,6 +2,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <string>
 
 #include "engine/state.h"
@@ -54,7 +55,6 @@ void dump_block(const Block* b) {
     if (r.arrived == 0) continue;
     fprintf(stderr, " bar%d %d/%d", i, r.arrived, r.expected ? r.expected : static_cast<int>(b->num_live));
   }
-  if (!b->async.queue.empty()) fprintf(stderr, " bulk copies %zu", b->async.queue.size());
   fprintf(stderr, "\n");
 }
 

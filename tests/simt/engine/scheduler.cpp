@@ -15,7 +15,7 @@ constexpr uint32_t kLoadsPerYield = 256;  // polling detector: yield at least th
 constexpr uint32_t kSpinsPerTurn = 64;
 
 uint32_t count_runnable(const Block* b) {
-  uint32_t n = b->async.queue.empty() ? 0 : 1;
+  uint32_t n = 0;
   for (uint32_t lanes : b->runnable) n += static_cast<uint32_t>(__builtin_popcount(lanes));
   return n;
 }
@@ -34,7 +34,6 @@ void fiber_main() {
       w->main_stack_bytes = bytes;
     }
   }
-  if (f == &b->async.fiber) async_engine_main(b);
 
   hb_acquire(&b->launch->start);
   if (b->launch->previous_finished) hb_acquire(b->launch->previous_finished);
@@ -104,7 +103,6 @@ void prepare_block(Worker* w, Block* b) {
     }
     prepare_fiber(w, &f, name);
   }
-  prepare_fiber(w, &b->async.fiber, "async proxy");
 }
 
 int pick_runnable(Block* b, uint32_t start) {
@@ -140,12 +138,6 @@ void reschedule(Block* b, Fiber* me, Yield reason) {
       switch_to(w, me, nullptr);
       return;
     }
-  }
-  Fiber* async = &b->async.fiber;
-  const bool async_turn = chaos ? w->random() % 4 == 0 : reason == Yield::spinning;
-  if (me != async && !b->async.queue.empty() && async_turn) {
-    switch_to(w, me, async);
-    return;
   }
   uint32_t start = b->next;
   if (reason == Yield::preempted || (chaos && w->random() % 8 == 0)) {

@@ -83,16 +83,6 @@ void* shared_alloc(const void* key, size_t bytes, size_t align);
 void* dyn_shared();
 std::byte* shared_window();  // where the block's shared memory starts
 
-// Async proxy: mbarriers and bulk copies.
-void mbar_init(uint64_t* barrier, uint32_t count);
-void mbar_arrive(uint64_t* barrier, uint32_t tx_bytes);
-bool mbar_try(uint64_t* barrier, uint32_t parity);
-void bulk_load(void* dst_shared, const void* src, uint32_t bytes, uint64_t* barrier);
-void bulk_store(void* dst, const void* src_shared, uint32_t bytes);
-void bulk_commit();
-void bulk_wait(int pending, bool read_only);
-void proxy_fence();
-
 // Memory order. The templates in engine/atomics.h are the callers.
 enum class Scope : uint8_t { cta, gpu, sys };
 void check_scope(const void* p, Scope scope);  // dies on a too narrow scope

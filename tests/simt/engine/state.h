@@ -5,11 +5,9 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
-#include <unordered_map>
 #include <vector>
 
 #include "engine/sanitizer_glue.h"
@@ -29,16 +27,6 @@ struct Launch;
 // ---- one CUDA thread ---------------------------------------------------------------------------
 
 enum class FiberState : uint8_t { fresh, runnable, waiting, done };
-
-// cp.async.bulk groups of one thread: copies whose source read / destination write is outstanding.
-struct BulkGroup {
-  int unread = 0, unwritten = 0;
-};
-struct BulkGroups {
-  uint32_t open = 0;
-  std::map<uint32_t, BulkGroup> pending;
-  SyncPoint read_done, write_done;
-};
 
 // Clocks for standalone fences, each held by a TSan fiber of its own (see memory_order.cpp).
 struct FenceClocks {
@@ -60,7 +48,6 @@ struct Fiber {
   const void* polled_address = nullptr;
   uint64_t polled_value = 0;
   uint32_t loads_since_yield = 0;
-  std::unique_ptr<BulkGroups> bulk;
   std::unique_ptr<FenceClocks> fences;
 };
 
@@ -93,31 +80,6 @@ struct NamedBarrier {
   std::vector<uint32_t> waiting;
 };
 
-// ---- async proxy -------------------------------------------------------------------------------
-
-struct MBarrier {
-  uint32_t count = 0, pending = 0, phase = 0;
-  int64_t tx_bytes = 0;
-  SyncPoint order[2];
-};
-
-struct BulkCopy {
-  void* dst;
-  const void* src;
-  uint32_t bytes;
-  uint64_t* mbarrier;  // null for stores, which complete through a bulk group
-  uint32_t issuer, group;
-  bool source_read = false;
-  std::vector<unsigned char> in_flight{};
-};
-
-struct AsyncEngine {
-  Fiber fiber;  // the hidden "DMA" fiber of the block
-  std::deque<BulkCopy> queue;
-  std::unordered_map<uint64_t*, MBarrier> mbarriers;
-  SyncPoint issued, proxy_fences;
-};
-
 // ---- blocks, launches, streams, workers --------------------------------------------------------
 
 struct SharedMemory {
@@ -136,7 +98,6 @@ struct Block {
   std::vector<uint32_t> runnable;  // per warp, one bit per lane
   NamedBarrier barriers[kNamedBarriers];
   SharedMemory shared;
-  AsyncEngine async;
   uint32_t next = 0;             // where the round robin goes on
   uint32_t spins = 0;            // yields by polling threads since something else happened
   uint32_t spins_this_turn = 0;  // since other blocks ran
@@ -228,10 +189,9 @@ inline void mark_progress(Block* b) {
   b->progress = true;
 }
 
-// block_barrier.cpp, warp_collectives.cpp, async_copy.cpp, memory_order.cpp, shared_memory.cpp
+// block_barrier.cpp, warp_collectives.cpp, memory_order.cpp, shared_memory.cpp
 void barriers_thread_exit(Block* b);
 void warps_thread_exit(Block* b, uint32_t thread);
-[[noreturn]] void async_engine_main(Block* b);
 void destroy_fence_clocks(Fiber* f);
 void release_shared_memory(Block* b);
 

@@ -60,19 +60,13 @@ Block* make_block(Launch* launch, uint64_t index) {
     b->runnable[i / 32] |= 1u << (i % 32);
   }
   for (NamedBarrier& barrier : b->barriers) barrier.waiting.reserve(b->num_threads);
-  b->async.fiber.self = b->fibers[0].self;
-  b->async.fiber.state = FiberState::runnable;
   return b;
 }
 
-template <class F>
-void for_each_fiber(Block* b, F&& action) {
-  for (Fiber& f : b->fibers) action(f);
-  action(b->async.fiber);
-}
-
 void delete_block(Block* b) {
-  if (g_tsan) for_each_fiber(b, [](Fiber& f) { unmap_stack(f.stack, stack_bytes()); });
+  if (g_tsan) {
+    for (Fiber& f : b->fibers) unmap_stack(f.stack, stack_bytes());
+  }
   release_shared_memory(b);
   delete b;
 }
@@ -98,17 +92,14 @@ void dispatch_locked(Stream* s) {
 // Under TSan the block's memory is kept until the host has synchronised with the launch: recycled
 // stacks and arenas would otherwise look like races between unrelated threads.
 void finish_block(Worker* w, Block* b) {
-  if (!b->async.queue.empty()) {
-    die("block of %s ended with %zu bulk copies in flight", b->launch->name, b->async.queue.size());
-  }
   Launch* launch = b->launch;
   if (g_tsan) {
-    for_each_fiber(b, [](Fiber& f) {
+    for (Fiber& f : b->fibers) {
       destroy_fence_clocks(&f);
       __tsan_destroy_fiber(f.tsan_fiber);
-    });
+    }
   } else {
-    for_each_fiber(b, [w](Fiber& f) { w->stack_pool.push_back(f.stack); });
+    for (Fiber& f : b->fibers) w->stack_pool.push_back(f.stack);
     delete_block(b);
   }
 
@@ -161,13 +152,12 @@ void run_round(Worker* w, IdleState* idle) {
   for (size_t k = 0; k < w->active.size();) {
     Block* b = w->active[k];
     b->progress = false;
-    if (!b->async.fiber.sp) prepare_block(w, b);
+    if (!b->fibers[0].sp) prepare_block(w, b);
     const int i = pick_runnable(b, b->next);
     if (i >= 0) {
       run_fiber(w, b, nullptr, static_cast<uint32_t>(i));
     } else if (b->num_live) {
-      if (b->async.queue.empty()) report_deadlock(b);
-      switch_to(w, nullptr, &b->async.fiber);
+      report_deadlock(b);
     }
     any_progress |= b->progress;
     if (b->num_live) {
