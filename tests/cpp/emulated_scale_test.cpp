@@ -50,9 +50,7 @@ void run_at_scale(const WorldConfig& config) {
 // 16 nodes of 8 ranks, 32 tokens of hidden size 1024 in bfloat16. No pair exceeds a chunk, so each pair is
 // cut for the NICs alone.
 TEST(EmulatedScale, A128RankWorld) {
-#ifdef __SANITIZE_THREAD__
-  GTEST_SKIP() << "one thread has no races, and takes five minutes under ThreadSanitizer";
-#endif
+  if (kThreadSanitized) GTEST_SKIP() << "one thread has no races, and takes minutes under ThreadSanitizer";
   WorldConfig config = emulated_config(16, 8, test_seed(91));
   config.layout.row = {.top_k = 8, .payload_bytes = 2048, .scale_bytes = 0, .combine_bytes = 2048};
   config.layout.max_tokens = 32;

@@ -21,6 +21,13 @@ inline uint32_t amount(uint32_t usual, uint32_t extended) {
   return text != nullptr && std::string(text) == "1" ? extended : usual;
 }
 
+/// Whether ThreadSanitizer looks on: what one thread does for long has no races, and is for the other builds.
+#ifdef EFA_EP_SANITIZED_THREAD
+inline constexpr bool kThreadSanitized = true;
+#else
+inline constexpr bool kThreadSanitized = false;
+#endif
+
 /// Far longer than any wait that ends, under a sanitizer and on a machine that has more to do.
 inline constexpr std::chrono::minutes kPatience{5};
 
