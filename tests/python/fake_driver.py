@@ -12,6 +12,7 @@ import ctypes
 import itertools
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -50,11 +51,15 @@ class FakeDriver:
         self._originals: dict[str, Any] = {}
         self.live: set[tuple[str, int]] = set()
         self.attributes: dict[Any, int] = {}  # those that differ from 1
-        self.calls: list[str] = []
+        self._calls: list[tuple[int, str]] = []  # thread and name
 
     def refuse(self, name: str, result: Any) -> None:
         """Let every later call of ``name`` return ``result``."""
         self._refusals[name] = result
+
+    def calls(self) -> list[str]:
+        """Return what this thread has called; others may be at work at the same time."""
+        return [name for thread, name in self._calls if thread == threading.get_ident()]
 
     def install(self) -> "FakeDriver":
         """Put the fakes in place."""
@@ -70,7 +75,7 @@ class FakeDriver:
 
     def _recorded(self, name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            self.calls.append(name)
+            self._calls.append((threading.get_ident(), name))
             if name in self._refusals:
                 return (self._refusals[name],)
             values = fake(*arguments)

@@ -9,7 +9,7 @@ replay the graph that they have; then a new process takes the lost one's place.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Barrier, Lock
+from threading import Barrier
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _SIZE, _RANKS_PER_NODE, _VICTIM = 4, 2, 2
 _TOKENS, _HIDDEN, _TOP_K, _EXPERTS = 8, 32, 3, 8
 _REPLAYS = 4
-_ALONE = Lock()
 _KERNELS = 8  # of a round with several nodes of several ranks: docs/cuda_kernels.md
 
 
@@ -46,12 +45,11 @@ class Graph:
 
     def capture(self, all_to_all: "AllToAll") -> None:
         """Record a round; nothing but kernel launches may happen meanwhile."""
-        with _ALONE:  # the list of calls is the whole process's
-            before = len(self.driver.calls)
-            with self.streams.capture() as self.recorded:
-                self.received, handle = all_to_all.dispatch(self.x, self.ids, self.weights, count=self.count)
-                all_to_all.combine(self.received.x, handle, self.out)
-            calls = self.driver.calls[before:]
+        before = len(self.driver.calls())
+        with self.streams.capture() as self.recorded:
+            self.received, handle = all_to_all.dispatch(self.x, self.ids, self.weights, count=self.count)
+            all_to_all.combine(self.received.x, handle, self.out)
+        calls = self.driver.calls()[before:]
         # Rows that do not come are marked, where ids are received.
         marks = ["cuMemsetD32Async"] if all_to_all.config.layout == "per_token" else []
         assert calls == marks, calls
@@ -104,7 +102,7 @@ def main() -> None:
     directory, libfabric, layout = sys.argv[1:]
     streams, driver = fake_cuda(load_core(Path(directory)), "pinned")
 
-    from thread_world import ThreadBootstrap, outcomes_of_ranks, settings_of
+    from thread_world import ThreadBootstrap, run_ranks, settings_of
 
     from vllm_efa_ep import AllToAll, AllToAllConfig
     from vllm_efa_ep.errors import RankLostError, RankTimeoutError, TransportError
@@ -159,8 +157,7 @@ def main() -> None:
         assert graph.replay(all_to_all, _REPLAYS, seed=4) == 0
         all_to_all.close()
 
-    for outcome in outcomes_of_ranks(_SIZE, body):
-        outcome.get()
+    run_ranks(_SIZE, body)
     print("passed", flush=True)
 
 

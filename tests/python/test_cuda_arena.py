@@ -45,7 +45,7 @@ def test_an_arena_is_zero_rounded_up_and_given_back(driver: FakeDriver) -> None:
     arena.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
-    assert driver.calls.count("cuMemUnmap") == driver.calls.count("cuMemMap") == 1
+    assert driver.calls().count("cuMemUnmap") == driver.calls().count("cuMemMap") == 1
 
 
 def test_a_mapped_arena_is_the_same_memory(driver: FakeDriver) -> None:
