@@ -29,9 +29,9 @@ constexpr uint32_t kMaxProcesses = 16;
 constexpr uint32_t kMaxResults = 1024;
 constexpr size_t kMaxAddress = 1024;
 constexpr uint32_t kWarmUps = 2;
-constexpr uint32_t kLeastRuns = 9;
+constexpr uint32_t kLeastRuns = 15;
 constexpr uint32_t kMostRuns = 201;
-constexpr double kMostSeconds = 5;  // of a cell that is not exact by then
+constexpr double kMostSeconds = 8;  // of a cell that is not exact by then
 constexpr double kExact = 0.01;
 constexpr auto kPatience = std::chrono::seconds(120);
 

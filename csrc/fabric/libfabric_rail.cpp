@@ -67,11 +67,13 @@ bool outside(uint64_t offset, uint64_t bytes, uint64_t size) {
 
 LibfabricRail::LibfabricRail(InfoPtr info, uint32_t index, uint32_t peers)
     : info_(std::move(info)), index_(index), first_key_(random_first_key(*info_)) {
-  if (info_->fabric_attr->prov_name == std::string("efa")) info_->tx_attr->tclass = FI_TC_LOW_LATENCY;
+  const std::string provider = info_->fabric_attr->prov_name;
+  if (provider == "efa") info_->tx_attr->tclass = FI_TC_LOW_LATENCY;
   if (fi_version() >= libfabric_compat::kProgressControlUnifiedSince) {
     // In the answer instead of the hints: where hints for it go changed between releases.
     info_->domain_attr->control_progress = libfabric_compat::kProgressControlUnified;
   }
+  has_streams_ = provider == "tcp" || provider == "net";
   writes_.resize(info_->tx_attr->size);
   for (Write& write : writes_) free_writes_.push_back(&write);
   completion_queue_depth_ = send_queue_depth() + std::max(kDefaultArrivals, kArrivalsPerPeer * peers);
@@ -250,12 +252,12 @@ void LibfabricRail::connect(uint32_t peer, const RailAddress& address, uint64_t 
   entry.keys = address.keys;
 }
 
-const LibfabricRail::Peer& LibfabricRail::target_of(const WriteRequest& request) const {
+LibfabricRail::Peer& LibfabricRail::target_of(const WriteRequest& request) {
   if (request.peer >= peers_.size() || peers_[request.peer].keys.empty()) {
     throw ConfigurationError(peer_name(request.peer) +
                              " is not connected; connect() it before writing to it");
   }
-  const Peer& target = peers_[request.peer];
+  Peer& target = peers_[request.peer];
   if (request.bytes > max_write_bytes_) {
     throw ConfigurationError("a write of " + std::to_string(request.bytes) + " bytes is longer than " +
                              name() + " allows (" + std::to_string(max_write_bytes_) +
@@ -278,8 +280,9 @@ const LibfabricRail::Peer& LibfabricRail::target_of(const WriteRequest& request)
 }
 
 PostResult LibfabricRail::post_write(const WriteRequest& request) {
-  const Peer& target = target_of(request);
+  Peer& target = target_of(request);
   if (free_writes_.empty()) return PostResult::kAgain;
+  if (has_streams_ && target.window.is_full(request.bytes)) return PostResult::kAgain;
 
   // A write without bytes must still name registered memory on both sides; any will do.
   const uint64_t local_offset = request.bytes > 0 ? request.local_offset : 0;
@@ -298,6 +301,7 @@ PostResult LibfabricRail::post_write(const WriteRequest& request) {
   Write& write = *free_writes_.back();
   write.context = request.context;
   write.peer = request.peer;
+  write.covered_bytes = has_streams_ ? target.window.covered_by(request.bytes) : 0;
 
   fi_msg_rma message{};
   message.msg_iov = &source;
@@ -310,7 +314,7 @@ PostResult LibfabricRail::post_write(const WriteRequest& request) {
   message.data = request.immediate;
   uint64_t flags = FI_COMPLETION;
   if (request.notify) flags |= FI_REMOTE_CQ_DATA;
-  if (request.delivered) flags |= FI_DELIVERY_COMPLETE;
+  if (request.delivered || write.covered_bytes > 0) flags |= FI_DELIVERY_COMPLETE;
   if (request.fence) flags |= FI_FENCE;
   const ssize_t result = fi_writemsg(endpoint_.get(), &message, flags);
   if (result == -FI_EAGAIN) return PostResult::kAgain;
@@ -320,6 +324,7 @@ PostResult LibfabricRail::post_write(const WriteRequest& request) {
         request.peer);
   }
   write.in_flight = true;
+  target.window.posted(request.bytes, write.covered_bytes);
   free_writes_.pop_back();
   return PostResult::kPosted;
 }
@@ -398,6 +403,7 @@ LibfabricRail::Write* LibfabricRail::write_of(void* context) {
 
 void LibfabricRail::release(Write& write) {
   write.in_flight = false;
+  peers_[write.peer].window.completed(write.covered_bytes);
   free_writes_.push_back(&write);
 }
 

@@ -14,6 +14,7 @@
 #include "fabric/fabric.h"
 #include "fabric/libfabric_address.h"
 #include "fabric/libfabric_provider.h"
+#include "fabric/stream_window.h"
 
 namespace efa_ep {
 
@@ -52,6 +53,7 @@ class LibfabricRail {
   struct Write {
     fi_context2 provider_context;
     uint64_t context;
+    uint64_t covered_bytes;  // by its completion, in the peer's window
     uint32_t peer;
     bool in_flight;
   };
@@ -60,6 +62,7 @@ class LibfabricRail {
     uint64_t base = 0;
     uint64_t memory_bytes = 0;
     std::vector<uint64_t> keys;
+    StreamWindow window;  // used if the provider has streams
   };
 
   void open_endpoint(uint32_t peers);
@@ -68,7 +71,7 @@ class LibfabricRail {
   void post_receives();
   FidPtr<fid_mr> register_piece(void* base, size_t bytes, uint64_t access, uint64_t key) const;
   FidPtr<fid_mr> register_device_piece(const DeviceRange& range, uint64_t piece) const;
-  const Peer& target_of(const WriteRequest& request) const;
+  Peer& target_of(const WriteRequest& request);
   bool is_receive(const void* context) const;
   Write* write_of(void* context);
   void release(Write& write);
@@ -83,6 +86,7 @@ class LibfabricRail {
   uint64_t first_key_;
   uint32_t completion_queue_depth_ = 0;
   uint64_t max_write_bytes_ = 0;
+  bool has_streams_ = false;
   std::vector<Write> writes_;
   std::vector<Write*> free_writes_;
   // Only for devices on which an immediate consumes a posted receive (FI_RX_CQ_DATA).
