@@ -365,8 +365,21 @@ class AllToAll:
         """Return what this instance allocated. Each stand-in for a lost rank takes as much again."""
         return self._plan
 
+    def drain(self) -> None:
+        """Wait until the network has completed the writes of all halves that were called.
+
+        Rounds need no such wait. It is for those who count: a half returns when its own part is done, while
+        its writes are posted and counted in their own time, so only after this is ``stats()`` exact.
+
+        Raises:
+            RankTimeoutError: A rank did not take its writes within ``EFA_EP_TIMEOUT_S``.
+            EfaEpError: As for a half.
+
+        """
+        self._generations.working().drain()
+
     def stats(self) -> Stats:
-        """Return the totals so far, those of earlier generations included."""
+        """Return the totals so far, those of earlier generations included; exact after ``drain()``."""
         return self._generations.stats()
 
     def close(self) -> None:

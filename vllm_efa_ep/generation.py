@@ -150,6 +150,10 @@ class Generation:
             device.waited_for_seconds(),
         )
 
+    def drain(self) -> None:
+        """Wait until all own writes are complete; a failure ends this generation, as a half's does."""
+        self.call(lambda _: self.connection.drain(self._settings.timeout_s, self._check_wait))
+
     def finish(self) -> None:
         """Collective: finish own writes and wait for the others.
 

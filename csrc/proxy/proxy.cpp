@@ -150,13 +150,13 @@ void Proxy::drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_
     const auto now = kSteadyClock.now();
     const auto describe = [&] {
       const double seconds = std::chrono::duration<double>(now - start).count();
-      return "close on rank " + std::to_string(options_.rank) + " waited " + std::to_string(seconds) +
+      return "drain on rank " + std::to_string(options_.rank) + " waited " + std::to_string(seconds) +
              " s for the completion of writes to " + rank_names(ranks);
     };
-    if (now - start > timeout) throw RankTimeoutError(describe(), "close", 0, ranks);
+    if (now - start > timeout) throw RankTimeoutError(describe(), "drain", 0, ranks);
     if (check_interrupt && now - last_interrupt_check > kInterruptCheckTime) {
       last_interrupt_check = now;
-      check_interrupt({"close", 0, describe});
+      check_interrupt({"drain", 0, describe});
     }
     sched_yield();
   }

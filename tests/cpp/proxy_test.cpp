@@ -314,7 +314,7 @@ TEST_F(ProxyTest, DrainNamesTheRanksThatKeepItWaiting) {
     FAIL();
   } catch (const RankTimeoutError& error) {
     EXPECT_EQ(error.missing, std::vector<uint32_t>{2});
-    EXPECT_EQ(error.half, "close");
+    EXPECT_EQ(error.half, "drain");
   }
 }
 

@@ -1,4 +1,4 @@
-"""Closing a world in which a rank has died or says nothing: soon, with its name in the log."""
+"""Closing or draining in a world in which a rank has died or says nothing: soon, and with its name."""
 
 import logging
 import re
@@ -10,28 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from process_world import ProcessWorld, Rank
-from settled import settled
 from thread_world import DEADLINE_S, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig
+from vllm_efa_ep.errors import RankTimeoutError
 
 _NEVER = 100 * DEADLINE_S
 _SOON = 1.0
 
 
-def _close(rank: Rank, ranks_per_node: int, timeout_s: float, sends: bool) -> list[str]:
-    """Return what close(), which has this deadline, logs as a warning; all ranks but the last come to it."""
-    warnings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("vllm_efa_ep.recovery").addHandler(handler)
+def _without_the_last(rank: Rank, ranks_per_node: int, timeout_s: float, sends: bool) -> AllToAll:
+    """Return all ranks but the last after a round, with this deadline from now on, and on request a half."""
     size = rank.bootstrap.world_size
     config = AllToAllConfig(64, size, size, 4, dtype=torch.float32, combine_dtype=torch.float32)
     all_to_all = AllToAll(config, rank.bootstrap, settings_of(ranks_per_node, timeout_s=_NEVER))
     x, ids, weights = torch.ones(4, 64), torch.arange(size).repeat(4, 1), torch.ones(4, size)
     dispatched, handle = all_to_all.dispatch(x, ids, weights)
     all_to_all.combine(dispatched.x, handle)
-    settled(all_to_all)  # a frozen rank acknowledges no write
+    all_to_all.drain()  # a frozen rank acknowledges no write
     rank.tell("ready")
     if all_to_all.rank == size - 1:
         threading.Event().wait()
@@ -40,9 +36,27 @@ def _close(rank: Rank, ranks_per_node: int, timeout_s: float, sends: bool) -> li
         all_to_all.dispatch_send(x, ids, weights)
     generation = all_to_all._generations.current()
     generation._settings = replace(generation._settings, timeout_s=timeout_s)
-    all_to_all.close()
+    return all_to_all
+
+
+def _close(rank: Rank, ranks_per_node: int, timeout_s: float, sends: bool) -> list[str]:
+    """Return what close(), which has this deadline, logs as a warning; all ranks but the last come to it."""
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm_efa_ep.recovery").addHandler(handler)
+    _without_the_last(rank, ranks_per_node, timeout_s, sends).close()
     assert "efa_ep_arena" not in Path("/proc/self/maps").read_text()
     return warnings
+
+
+def _drain(rank: Rank) -> None:
+    all_to_all = _without_the_last(rank, 1, _SOON, sends=True)
+    with pytest.raises(RankTimeoutError, match=r"drain on rank 0 waited [\d.]+ s .* rank 1") as caught:
+        all_to_all.drain()
+    assert caught.value.ranks == (1,)
+    with pytest.raises(RankTimeoutError):
+        all_to_all.dispatch_send(torch.ones(4, 64), torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2))
 
 
 @pytest.mark.parametrize("sends", [False, True])
@@ -77,3 +91,14 @@ def test_a_frozen_rank_is_waited_for_until_the_deadline(ranks_per_node: int) -> 
         waited = re.search(r"close on rank 0 waited ([\d.]+) s for rank 1", warning)
         assert waited, warning
         assert float(waited[1]) >= _SOON
+
+
+def test_drain_names_the_rank_that_takes_no_writes() -> None:
+    """And the world has ended for the caller, as after a half that failed."""
+    with ProcessWorld(2, _drain) as world:
+        for rank in range(2):
+            world.hear(rank, "ready")
+        world.signal(1, signal.SIGSTOP)
+        world.go(0)
+        ended = world.ended(0)
+        assert ended.error is None, ended.message

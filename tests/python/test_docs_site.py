@@ -114,7 +114,7 @@ def test_the_python_reference_is_complete(site: Path) -> None:
     names += [name for name, each in vars(errors).items() if isinstance(each, type)]
     ends = {anchor.rpartition(".")[2] for anchor in reference.anchors}
     assert not set(names) - ends
-    for method in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv", "close"):
+    for method in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv", "drain", "close"):
         assert f"vllm_efa_ep.all_to_all.AllToAll.{method}" in reference.anchors
     assert "Too many tokens, an id out of range" in reference.text
 

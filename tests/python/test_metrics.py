@@ -13,7 +13,6 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from settled import settled
 from thread_world import DEADLINE_S, run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, _core
@@ -53,7 +52,8 @@ def run_rounds(directory: Path) -> list[Stats]:
             ids = torch.arange(10).view(5, 2) % 8
             got, handle = all_to_all.dispatch(x, ids, torch.ones(5, 2))
             all_to_all.combine(got.x, handle)
-        stats = settled(all_to_all)
+        all_to_all.drain()
+        stats = all_to_all.stats()
         snapshots.close()
         return stats
 

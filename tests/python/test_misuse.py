@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from settled import settled
 from thread_world import run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, Handle
@@ -63,7 +62,8 @@ def _in_a_world(bad_calls: Callable[[Round], None]) -> None:
 
 
 def _moved(all_to_all: AllToAll) -> tuple[int, ...]:
-    stats = settled(all_to_all)
+    all_to_all.drain()
+    stats = all_to_all.stats()
     return (
         stats.rounds,
         stats.tokens,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from settled import settled
 from thread_world import Meeting, run_ranks, run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, Stats
@@ -24,7 +23,8 @@ def _run(policy: str) -> list[tuple[torch.Tensor, Stats]]:
             got, handle = all_to_all.dispatch(x, ids, torch.ones(ids.shape))
             out = all_to_all.combine(got.x * 2, handle)
         meeting.wait()
-        return out, settled(all_to_all)
+        all_to_all.drain()
+        return out, all_to_all.stats()
 
     return run_world(_CONFIG, _SIZE, settings_of(1, signal_policy=policy, chunk_bytes=200), body)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from process_world import ProcessWorld, Rank
-from settled import settled
 from thread_world import DEADLINE_S, settings_of, until
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, Stats
@@ -136,7 +135,8 @@ def _live(rank: Rank, ranks_per_node: int, number: int, rounds: int, most_thread
             for each in playing:
                 each.finish()
         bootstrap.all_gather(b"")  # all have all results
-        stats = settled(all_to_all)
+        all_to_all.drain()
+        stats = all_to_all.stats()
     bootstrap.all_gather(b"")  # all have closed
     return Life(stats, Holdings.now(most_threads))
 
