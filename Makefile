@@ -85,6 +85,9 @@ serve: setup
 
 # --- test ---------------------------------------------------------------------------------------------------
 
+# C++ tests are programs of a second to two minutes, most of them on one core
+JOBS ?= $(shell nproc)
+
 test: lint test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python test-examples test-hosts test-serving
 
 test-long: export LONG_TESTS := 1
@@ -100,7 +103,7 @@ define cpp_tests
 	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-$(1) -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON $(2) > $(BUILD)/cpp-$(1).log \
 	  || (cat $(BUILD)/cpp-$(1).log; exit 1)
 	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-$(1)
-	@$(3) PATH=$(BIN):$$PATH ctest --test-dir $(BUILD)/cpp-$(1) --output-on-failure
+	@$(3) PATH=$(BIN):$$PATH ctest --test-dir $(BUILD)/cpp-$(1) --output-on-failure -j$(JOBS)
 endef
 
 # What tests/python imports beside the package

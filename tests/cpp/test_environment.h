@@ -21,6 +21,13 @@ inline uint32_t amount(uint32_t usual, uint32_t extended) {
   return text != nullptr && std::string(text) == "1" ? extended : usual;
 }
 
+/// Whether a sanitizer looks on, under which all takes several times as long.
+#ifdef EFA_EP_SANITIZED
+inline constexpr bool kSanitized = true;
+#else
+inline constexpr bool kSanitized = false;
+#endif
+
 /// Whether ThreadSanitizer looks on: what one thread does for long has no races, and is for the other builds.
 #ifdef EFA_EP_SANITIZED_THREAD
 inline constexpr bool kThreadSanitized = true;

@@ -9,15 +9,10 @@
 #include <vector>
 
 #include "cuda_rank.h"
+#include "test_environment.h"
 #include "world.h"
 
 namespace efa_ep {
-
-#ifdef EFA_EP_SANITIZED
-inline constexpr bool kSanitized = true;
-#else
-inline constexpr bool kSanitized = false;
-#endif
 
 class CudaWorld {
  public:
