@@ -59,6 +59,15 @@ def recorded_launches() -> Iterator[list[tuple[Any, ...]]]:
         yield launches
 
 
+def assert_sent_in_place(vllm_rank: VllmRank, launches: list[tuple[Any, ...]]) -> None:
+    """No row was copied by combine_send: the experts wrote all of them to the memory that other ranks read."""
+    (all_to_all,) = vllm_rank.manager._all_to_alls.values()
+    places = [results.data_ptr() for results in all_to_all._generations.current().results]
+    sent = [(channel, rows) for name, channel, rows, *_ in launches if name == "combine_send"]
+    assert sent
+    assert all(rows == places[channel] for channel, rows in sent)
+
+
 def shared_experts_overlap(vllm_rank: VllmRank) -> None:
     """Shared experts run while results fly: after combine_send, before combine_recv."""
     layer = Layer.random(EXPERTS, 11)
@@ -127,6 +136,8 @@ def two_micro_batches(vllm_rank: VllmRank) -> None:
         assert_close(result, torch.cat(expected))
         (all_to_all_config,) = vllm_rank.manager._all_to_alls
         assert all_to_all_config.channels == 2
+        if backend == HIGH_THROUGHPUT:
+            assert_sent_in_place(vllm_rank, launches)
         vllm_rank.manager.close()
 
 
@@ -181,11 +192,12 @@ def captured_high_throughput(vllm_rank: VllmRank) -> None:
     layer = Layer.random(EXPERTS, 15)
     kernel = vllm_rank.build(HIGH_THROUGHPUT, StandardExperts, layer)
     tokens = Tokens.random(vllm_rank.rank, 3, range(EXPERTS), vllm_rank.rank)
-    with pytest.MonkeyPatch.context() as patch, fake_gpu.capture():
+    with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches, fake_gpu.capture():
         patch.setattr(_core.CudaDevice, "wait_for_rows", not_while_capturing)
         patch.setattr("vllm_efa_ep.cuda.halves.is_capturing", streams.is_capturing)
         result = kernel(tokens)
     assert_close(result, reference_moe.output(layer, tokens))
+    assert_sent_in_place(vllm_rank, launches)
     vllm_rank.manager.close()
 
 

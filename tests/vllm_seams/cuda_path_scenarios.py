@@ -7,7 +7,7 @@ from typing import Any
 import reference_moe
 import torch
 import vllm.utils.flashinfer
-from cuda_path_order import ORDER_SCENARIOS
+from cuda_path_order import ORDER_SCENARIOS, assert_sent_in_place, recorded_launches
 from cuda_path_refusals import REFUSAL_SCENARIOS
 from reference_moe import Layer, Tokens, assert_close
 from standard_experts import Fp4Experts, SelfQuantizingExperts, StandardExperts, UnreducedExperts, swizzled
@@ -177,23 +177,19 @@ def all_to_one_rank(vllm_rank: VllmRank) -> None:
         vllm_rank.manager.close()
 
 
-def output_in_place(vllm_rank: VllmRank) -> None:
-    """Where a rank receives as many rows as it sent, vLLM lets the experts write to the layer's output."""
-    layer, written = Layer.random(EXPERTS, 8), []
-
-    class Experts(StandardExperts):
-        def apply(self, output: torch.Tensor, **given: Any) -> None:
-            written.append(output.data_ptr())
-            super().apply(output, **given)
-
-    kernel = vllm_rank.build(HIGH_THROUGHPUT, Experts, layer)
+def results_in_place(vllm_rank: VllmRank) -> None:
+    """Experts write where other ranks read, for any number of rows, even that of the layer's output."""
+    layer = Layer.random(EXPERTS, 8)
+    kernel = vllm_rank.build(HIGH_THROUGHPUT, StandardExperts, layer)
     # Everybody's tokens go to the next rank's experts: what is written is somebody else's.
     first = LOCAL_EXPERTS * ((vllm_rank.rank + 1) % RANKS)
-    tokens = Tokens.random(6, 3, range(first, first + LOCAL_EXPERTS), vllm_rank.rank)
-    tokens.ids[:, :LOCAL_EXPERTS] = torch.arange(first, first + LOCAL_EXPERTS)
-    result = kernel(tokens)
-    assert written == [result.data_ptr()]
-    assert_close(result, reference_moe.output(layer, tokens))
+    for count in (6, 6, 1 + vllm_rank.rank):
+        tokens = Tokens.random(count, 3, range(first, first + LOCAL_EXPERTS), vllm_rank.rank)
+        tokens.ids[:, :LOCAL_EXPERTS] = torch.arange(first, first + LOCAL_EXPERTS)
+        with recorded_launches() as launches:
+            result = kernel(tokens)
+        assert_sent_in_place(vllm_rank, launches)
+        assert_close(result, reference_moe.output(layer, tokens))
     vllm_rank.manager.close()
 
 
@@ -224,7 +220,7 @@ SCENARIOS: tuple[Callable[[VllmRank], None], ...] = (
     fp4,
     fp4_batched,
     all_to_one_rank,
-    output_in_place,
+    results_in_place,
     weights_on_input,
     *ORDER_SCENARIOS,
     *REFUSAL_SCENARIOS,

@@ -185,11 +185,8 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
 
         ``fused_expert_output`` may be ``output`` itself; ``combine_send`` has read it when it returns.
         """
-        channel = dbo_current_ubatch_id()
-        current = self._rounds[channel]
-        if current is None:
-            raise RuntimeError("vLLM finalized an MoE layer that it had not prepared")
-        self._rounds[channel] = None
+        current = self._current_round()
+        self._rounds[current.handle.channel] = None
         all_to_all = self._connected().all_to_all
         rows, weights_applied = self._expert_output(fused_expert_output, output, weight_and_reduce_impl)
         dbo_maybe_run_recv_hook()
@@ -233,6 +230,17 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
             weight_and_reduce_impl: What the experts leave to do.
 
         """
+
+    def _place_of_results(self) -> torch.Tensor:
+        """Return ``expert_output()`` of the micro-batch's round: what is there already needs no copy."""
+        with one_line_per_error():
+            return self._connected().all_to_all.expert_output(self._current_round().handle)
+
+    def _current_round(self) -> _Round:
+        current: _Round | None = self._rounds[dbo_current_ubatch_id()]
+        if current is None:
+            raise RuntimeError("vLLM finalized an MoE layer that it had not prepared")
+        return current
 
     def _connected(self) -> _Exchange:
         if self._exchange is None:
