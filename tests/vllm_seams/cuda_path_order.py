@@ -60,7 +60,7 @@ def recorded_launches() -> Iterator[list[tuple[Any, ...]]]:
 
 
 def assert_sent_in_place(vllm_rank: VllmRank, launches: list[tuple[Any, ...]]) -> None:
-    """No row was copied by combine_send: the experts wrote all of them to the memory that other ranks read."""
+    """No row was copied by combine_send: experts wrote all of them to the memory that other ranks read."""
     (all_to_all,) = vllm_rank.manager._all_to_alls.values()
     places = [results.data_ptr() for results in all_to_all._generations.current().results]
     sent = [(channel, rows) for name, channel, rows, *_ in launches if name == "combine_send"]

@@ -96,6 +96,7 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
                 "combine_dtype": moe.in_dtype,
                 "payload_columns": wire.columns,
                 "scale_columns": wire.scale_columns,
+                "quantisation": wire.quantisation,
                 "layout": self.layout,
                 "channels": self._channels,
                 "expert_to_rank": self._owners,

@@ -131,6 +131,7 @@ MOE_SEAMS = (
             *("is_scale_swizzled", "mx_alignment"),
         ),
     ),
+    Seam("vllm.utils.deep_gemm", "is_deep_gemm_e8m0_used"),
     Seam(f"{_MOE}.config", "FusedMoEQuantConfig.a1_gscale"),
     Seam(f"{_MOE}.config", "FusedMoEQuantConfig.is_scale_swizzled"),
     Seam(f"{_MOE}.config", "FusedMoEQuantConfig.mx_alignment"),

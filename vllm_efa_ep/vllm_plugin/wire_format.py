@@ -1,8 +1,9 @@
 """How an activation travels to its experts: as the layer made it, or quantised with the scales of its blocks.
 
-Quantised before dispatch, a row has half the bytes (fp8) or little more than a quarter (fp4). vLLM's kernels
-quantise; here is only known what they make, and how it fits a payload and float32 scales: scales of one byte
-travel four to a float32.
+A quantised row has half the bytes (fp8) or little more than a quarter (fp4). On CUDA, dispatch makes fp8 with
+a scale per 128 values of bf16 by itself, as it reads the rows. All else vLLM's kernels quantise before: here
+is known what they make, and how it fits a payload and float32 scales: scales of one byte travel four to a
+float32.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,10 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
+from vllm.platforms import current_platform
+from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
+
+from vllm_efa_ep.all_to_all_config import SCALE_GROUP, Quantisation
 
 _SCALES_PER_FLOAT = 4
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -39,8 +44,9 @@ class WireFormat:
     Attributes:
         dtype: Element type of the payload.
         columns: Its elements.
-        scale_columns: float32 words of scales; 0 for rows that are not quantised.
+        scale_columns: float32 words of scales that go with it; 0 for none.
         scale_dtype: What vLLM's scales are, of which a word holds as many as fit.
+        quantisation: What dispatch makes of the rows, with scales of its own.
 
     """
 
@@ -48,6 +54,7 @@ class WireFormat:
     columns: int
     scale_columns: int = 0
     scale_dtype: torch.dtype = torch.float32
+    quantisation: Quantisation = "none"
 
     @classmethod
     def of(cls, moe: Any, quant_config: Any, defer_input_quant: bool, batched: bool) -> "WireFormat":
@@ -74,16 +81,18 @@ class WireFormat:
             return cls(byte_scaled.dtype, columns, hidden // whole_words, byte_scaled.scale_dtype)
         if not quant_config.is_block_quantized or quant_config.quant_dtype not in _FP8:
             return as_it_is
+        if _dispatch_can_quantise(moe, quant_config):
+            return cls(quant_config.quant_dtype, hidden, quantisation=_as_vllm_rounds_scales())
         return cls(quant_config.quant_dtype, hidden, -(-hidden // quant_config.block_shape[1]))
 
     @property
     def is_quantized(self) -> bool:
-        """Whether rows are quantised before dispatch."""
-        return self.scale_columns > 0
+        """Whether rows travel quantised."""
+        return self.scale_columns > 0 or self.quantisation != "none"
 
     def pack(self, rows: torch.Tensor, quant_config: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return payload and float32 scales of rows ``[T, H]``."""
-        if not self.is_quantized:
+        """Return rows ``[T, H]`` as dispatch wants them, and their float32 scales if it is to send any."""
+        if not self.scale_columns:
             return rows, None
         if rows.shape[0] == 0:  # some of vLLM's quantisers cannot
             return (
@@ -106,6 +115,21 @@ class WireFormat:
 
             return nvfp4_block_scale_interleave(scales.view(torch.uint8))  # type: ignore[no-any-return]
         return scales
+
+
+def _dispatch_can_quantise(moe: Any, quant_config: Any) -> bool:
+    return (
+        current_platform.is_cuda()
+        and moe.in_dtype == torch.bfloat16
+        and quant_config.quant_dtype == torch.float8_e4m3fn
+        and quant_config.block_shape[1] == SCALE_GROUP
+        and moe.hidden_dim % SCALE_GROUP == 0
+    )
+
+
+def _as_vllm_rounds_scales() -> Quantisation:
+    """Return the quantisation that has the scales of vLLM's ``per_token_group_quant_fp8``."""
+    return "fp8_power_of_2" if is_deep_gemm_e8m0_used() else "fp8"
 
 
 def quantize(
