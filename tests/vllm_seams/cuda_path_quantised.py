@@ -9,6 +9,7 @@ import pytest
 import reference_moe
 import torch
 import vllm.utils.flashinfer
+from cutedsl_experts import experts_of_nvfp4_dispatch, nvfp4_kernel, scale_at, seen_by_experts
 from reference_moe import Layer, assert_close
 from routed_tokens import LOCAL_EXPERTS, receives_nothing, some_tokens
 from standard_experts import Fp4Experts, SelfQuantizingExperts, StandardExperts, UnreducedExperts, swizzled
@@ -19,6 +20,7 @@ from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 from vllm.model_executor.layers.quantization.utils import fp8_utils
 from vllm_on_ranks import EXPERTS, MAX_TOKENS, VllmRank
 
+from vllm_efa_ep.errors import ConfigurationError
 from vllm_efa_ep.vllm_plugin import wire_format
 from vllm_efa_ep.vllm_plugin.backend_names import HIGH_THROUGHPUT, LOW_LATENCY
 
@@ -56,20 +58,17 @@ def scales_as_deep_gemm_wants_them(wanted: bool = True) -> Iterator[None]:
 
 def fp8_blocks(vllm_rank: VllmRank) -> None:
     """Quantised by dispatch, in both backends; as it is for experts that quantise."""
-    layer, seen = fp8_layer(3), reference_moe.through_fp8
-    for backend, experts, on_the_wire in (
-        (HIGH_THROUGHPUT, StandardExperts, (FP8, 256, 2, "fp8")),
-        (LOW_LATENCY, NaiveBatchedExperts, (FP8, 256, 2, "fp8")),
-        (HIGH_THROUGHPUT, SelfQuantizingExperts, (torch.bfloat16, 256, 0, "none")),
+    layer = fp8_layer(3)
+    for backend, experts, on_the_wire, seen in (
+        (HIGH_THROUGHPUT, StandardExperts, (FP8, 256, 2, "fp8"), reference_moe.through_fp8),
+        (LOW_LATENCY, NaiveBatchedExperts, (FP8, 256, 2, "fp8"), reference_moe.through_fp8),
+        (HIGH_THROUGHPUT, SelfQuantizingExperts, (torch.bfloat16, 256, 0, "none"), torch.Tensor.float),
     ):
         kernel = vllm_rank.build(backend, experts, layer, quant_config=fp8_config())
         assert wire(vllm_rank) == on_the_wire
         for seed in range(2):
             tokens = some_tokens(vllm_rank.rank, seed)
-            expected = reference_moe.output(
-                layer, tokens, seen if on_the_wire[0] == FP8 else torch.Tensor.float
-            )
-            assert_close(kernel(tokens), expected)
+            assert_close(kernel(tokens), reference_moe.output(layer, tokens, seen))
         vllm_rank.manager.close()
 
 
@@ -100,7 +99,8 @@ def fp8_as_vllm_makes_it(vllm_rank: VllmRank) -> None:
     generator = torch.Generator().manual_seed(vllm_rank.rank)
     rows = torch.randn(MAX_TOKENS, 256, generator=generator)
     rows[1] *= torch.randint(-30, 30, (256,), generator=generator).float().exp2()
-    rows[2] = torch.randint(-8, 9, (256,), generator=generator)  # many are in the middle of two codes
+    rows[2] = torch.randint(-128, 129, (256,), generator=generator) / 128
+    rows[2, ::128] = 1  # as the largest, it puts many of the others in the middle of two codes
     rows[3, :128] = 0
     rows[4] *= 1e-9
     rows[5] *= 1e-39
@@ -208,6 +208,33 @@ def fp4_batched(vllm_rank: VllmRank) -> None:
     vllm_rank.manager.close()
 
 
+def fp4_batched_from_dispatch(vllm_rank: VllmRank) -> None:
+    """If vLLM's setting says so, its batched experts take nvfp4 from dispatch: the class is as released."""
+    with experts_of_nvfp4_dispatch():
+        kernel, layer = nvfp4_kernel(vllm_rank, 21)
+        assert wire(vllm_rank) == (torch.uint8, 128, 4, "none")
+        for seed in range(2):
+            tokens = some_tokens(vllm_rank.rank, seed)
+            assert_close(kernel(tokens), reference_moe.output(layer, tokens, seen_by_experts))
+        receives_nothing(kernel, vllm_rank.rank, layer, seen_by_experts)
+        with pytest.raises(ConfigurationError, match="multiple of 64, not 80; unset it"):
+            nvfp4_kernel(vllm_rank, 21, hidden=80)
+    vllm_rank.manager.close()
+
+
+def fp4_scales_in_tiles(_: VllmRank) -> None:
+    """Where flashinfer's GEMM looks for the scale of a row, for more rows than a tile has."""
+    for rows in (256, 300):
+        scales = torch.randint(0, 127, (2, rows, 24)).to(torch.uint8).view(torch.float8_e4m3fn)
+        format_ = wire_format.WireFormat(torch.uint8, 192, 6, torch.float8_e4m3fn)
+        words = scales.view(torch.float32)
+        tiles = format_.scales(words, FusedMoEQuantConfig.make("nvfp4", weight_dtype="nvfp4"))
+        assert tiles.permute(5, 2, 4, 0, 1, 3).is_contiguous()
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(24), indexing="ij")
+        for group in range(2):
+            assert torch.equal(scale_at(tiles, row, column, group), scales[group].float())
+
+
 def weights_on_input(vllm_rank: VllmRank) -> None:
     """The router's weight of a top-1 model goes into the activation, before it is quantised."""
     layer = fp8_layer(9)
@@ -232,5 +259,7 @@ QUANTISED_SCENARIOS: tuple[Callable[[VllmRank], None], ...] = (
     mxfp8,
     fp4,
     fp4_batched,
+    fp4_batched_from_dispatch,
+    fp4_scales_in_tiles,
     weights_on_input,
 )

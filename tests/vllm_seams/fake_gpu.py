@@ -182,6 +182,7 @@ def _quantize_fp4(
     output_scale: torch.Tensor,
 ) -> None:
     assert not swizzled, "scales of different rows would mix"
+    global_scale = global_scale.flatten()[0]  # all that vLLM's kernel reads of it
     blocks = rows.float().unflatten(-1, (-1, 16))
     scale = (blocks.abs().amax(-1) / _FP4_VALUES[-1] * global_scale).to(_FP8)
     output_scale.view(_FP8).copy_(scale)

@@ -45,6 +45,9 @@ class HighThroughputPrepareFinalize(EfaEpPrepareFinalize):
         place = self._place_of_results()
         return place if (place.shape, place.dtype, place.device) == (shape, dtype, device) else None
 
+    def _takes_byte_scales(self, fused_experts: Any) -> bool:  # noqa: ARG002
+        return True
+
     def _expert_input(
         self, dispatched: Dispatched, scales: torch.Tensor | None, quant_config: Any, quantize: bool
     ) -> PrepareResult:

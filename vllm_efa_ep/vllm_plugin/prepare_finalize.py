@@ -84,7 +84,7 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
             moe,
             self._quant_config,
             fused_experts.expects_unquantized_inputs,
-            batched=self.activation_format == mk.FusedMoEActivationFormat.BatchedExperts,
+            self._takes_byte_scales(fused_experts),
         )
         all_to_all = self._manager.get_handle(
             {
@@ -204,6 +204,10 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
         """Combine and wait; the arguments of ``finalize_async``."""
         receive, _ = self.finalize_async(*args, **kwargs)
         receive()
+
+    @abstractmethod
+    def _takes_byte_scales(self, fused_experts: Any) -> bool:
+        """Return whether the experts take rows with scales of one byte, such as nvfp4's."""
 
     @abstractmethod
     def _expert_input(

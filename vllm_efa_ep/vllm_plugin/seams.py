@@ -110,6 +110,7 @@ MOE_SEAMS = (
     Seam(f"{_MOE}.all2all_utils", "maybe_make_prepare_finalize", ("moe", "quant_config", "routing_tables")),
     Seam(f"{_MOE}.config", "FusedMoEParallelConfig.use_all2all_kernels"),
     Seam(f"{_MOE}.config", "FusedMoEParallelConfig.use_batched_activation_format"),
+    Seam(f"{_MOE}.config", "FusedMoEConfig.use_deepep_ll_kernels"),
     Seam(f"{_MOE}.config", "FusedMoEParallelConfig.needs_round_robin_routing_tables"),
     Seam(f"{_MOE}.modular_kernel", "FusedMoEPrepareAndFinalizeModular.prepare_async", _PREPARE),
     Seam(f"{_MOE}.modular_kernel", "FusedMoEPrepareAndFinalizeModular.finalize_async", _FINALIZE),

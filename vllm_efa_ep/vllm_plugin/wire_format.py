@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 from vllm.platforms import current_platform
 from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
@@ -30,6 +31,9 @@ class _ByteScaled:
     values_per_scale: int
     scale_dtype: torch.dtype
 
+
+NVFP4_VALUES_PER_WORD = 16 * _SCALES_PER_FLOAT
+"""Values of nvfp4 whose scales fill a word."""
 
 _BYTE_SCALED: Mapping[Any, _ByteScaled] = {
     "nvfp4": _ByteScaled(torch.uint8, 2, 16, torch.float8_e4m3fn),
@@ -57,14 +61,16 @@ class WireFormat:
     quantisation: Quantisation = "none"
 
     @classmethod
-    def of(cls, moe: Any, quant_config: Any, defer_input_quant: bool, batched: bool) -> "WireFormat":
+    def of(
+        cls, moe: Any, quant_config: Any, defer_input_quant: bool, takes_byte_scales: bool
+    ) -> "WireFormat":
         """Choose: block-quantised rows where the experts take them, rows as they are otherwise.
 
         Args:
             moe: vLLM's ``FusedMoEConfig``.
             quant_config: vLLM's ``FusedMoEQuantConfig``, or None.
             defer_input_quant: Whether the experts quantise their input themselves.
-            batched: Whether they take the batched format, where vLLM's quantise fp4 themselves in any case.
+            takes_byte_scales: Whether they take rows in one of the formats whose scales have one byte.
 
         """
         hidden = moe.hidden_dim
@@ -75,7 +81,7 @@ class WireFormat:
         if byte_scaled is not None:
             whole_words = _SCALES_PER_FLOAT * byte_scaled.values_per_scale
             padded = hidden % max(whole_words, quant_config.mx_alignment) != 0
-            if batched or padded:
+            if padded or not takes_byte_scales:
                 return as_it_is
             columns = hidden // byte_scaled.values_per_element
             return cls(byte_scaled.dtype, columns, hidden // whole_words, byte_scaled.scale_dtype)
@@ -109,6 +115,8 @@ class WireFormat:
         """Return received scales as the experts want them."""
         if words is None:
             return None
+        if quant_config.quant_dtype == "nvfp4" and words.ndim == 3:
+            return _in_tiles(words)
         scales = words.view(self.scale_dtype)
         if quant_config.quant_dtype == "nvfp4" and quant_config.is_scale_swizzled and scales.numel():
             from vllm.utils.flashinfer import nvfp4_block_scale_interleave
@@ -117,8 +125,22 @@ class WireFormat:
         return scales
 
 
+def _in_tiles(words: torch.Tensor) -> torch.Tensor:
+    """Return scales ``[experts, rows, words]`` in the order of flashinfer's masked GEMM of groups.
+
+    For each expert, tiles of 128 rows x 4 scales, one word; in a tile, row ``32 * b + a`` has place
+    ``[a, b]``. The tensor is the view of them that ``scaled_fp4_grouped_quantize`` returns:
+    ``[32, 4, tiles of rows, 4, tiles of scales, experts]`` (docstring of ``grouped_gemm_nt_masked``).
+    """
+    experts, rows, columns = words.shape
+    whole = functional.pad(words, (0, 0, 0, -rows % 128)) if rows % 128 else words
+    tiles = whole.view(experts, -1, 4, 32, columns).permute(0, 1, 4, 3, 2).contiguous()
+    scales = tiles.view(torch.float8_e4m3fn).view(*tiles.shape, _SCALES_PER_FLOAT)
+    return scales.permute(3, 4, 1, 5, 2, 0)
+
+
 def _dispatch_can_quantise(moe: Any, quant_config: Any) -> bool:
-    return (
+    return bool(
         current_platform.is_cuda()
         and moe.in_dtype == torch.bfloat16
         and quant_config.quant_dtype == torch.float8_e4m3fn
