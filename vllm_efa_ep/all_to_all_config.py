@@ -11,7 +11,7 @@ from vllm_efa_ep.memory_plan import MemoryPlan
 from vllm_efa_ep.placement import linear_placement
 
 Layout = Literal["per_token", "per_expert"]
-Quantisation = Literal["none", "fp8", "fp8_ue8m0"]
+Quantisation = Literal["none", "fp8", "fp8_power_of_2", "fp8_ue8m0"]
 
 COMBINE_TYPES = {
     torch.bfloat16: _core.ScalarType.bfloat16,
@@ -30,10 +30,12 @@ _PAYLOAD_TYPES = (
 QUANTISATIONS = {
     "none": _core.Quantisation.none,
     "fp8": _core.Quantisation.fp8,
+    "fp8_power_of_2": _core.Quantisation.fp8_power_of_2,
     "fp8_ue8m0": _core.Quantisation.fp8_ue8m0,
 }
 _ROW_ALIGNMENT = 16
-_SCALE_GROUP = 128
+SCALE_GROUP = 128
+"""Elements that share a scale of ``quantisation``."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ class AllToAllConfig:
         payload_columns: Elements of one dispatched activation, if not H (packed formats: fp4 in uint8).
         scale_columns: float32 block scales per token, 0 for none; S below.
         quantisation: ``fp8``: ``dispatch_send`` takes bfloat16 and makes float8_e4m3fn of it, with a float32
-            scale per 128 elements, the largest magnitude / 448. ``fp8_ue8m0``: the same with scales rounded
-            up to powers of two, as float8_e8m0fnu. ``none``: rows travel as they are.
+            scale per 128 elements, the largest magnitude / 448. ``fp8_power_of_2``: the same with scales
+            rounded up to powers of two. ``fp8_ue8m0``: these as float8_e8m0fnu. ``none``: rows travel as
+            they are.
         layout: ``per_token``: received rows ``[M, H]``. ``per_expert``: ``[experts, capacity, H]``.
         channels: Rounds that can be in flight at once, 1 or 2.
         expert_to_rank: Owner rank of every expert; None places them linearly.
@@ -87,7 +90,7 @@ class AllToAllConfig:
     @property
     def received_scales(self) -> int:
         """Scales of one received row."""
-        return self.scale_columns if self.quantisation == "none" else self.columns // _SCALE_GROUP
+        return self.scale_columns if self.quantisation == "none" else self.columns // SCALE_GROUP
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -168,9 +171,9 @@ class AllToAllConfig:
                 f"quantisation {self.quantisation!r} makes float8_e4m3fn, but dtype is {self.dtype}; set "
                 "dtype=torch.float8_e4m3fn"
             )
-        if self.columns % _SCALE_GROUP:
+        if self.columns % SCALE_GROUP:
             raise ConfigurationError(
-                f"quantisation needs rows of whole groups of {_SCALE_GROUP} elements, but they have "
+                f"quantisation needs rows of whole groups of {SCALE_GROUP} elements, but they have "
                 f"{self.columns}; quantise before dispatch, with scale_columns"
             )
         if self.scale_columns:

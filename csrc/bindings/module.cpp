@@ -298,7 +298,8 @@ void bind_device(nb::module_& m) {
   nb::enum_<Quantisation>(m, "Quantisation")
       .value("none", Quantisation::kNone)
       .value("fp8", Quantisation::kFp8)
-      .value("fp8_ue8m0", Quantisation::kFp8PowerOf2);
+      .value("fp8_power_of_2", Quantisation::kFp8PowerOf2)
+      .value("fp8_ue8m0", Quantisation::kFp8Ue8m0);
   nb::class_<CpuDevice>(m, "CpuDevice")
       .def(
           "__init__",

@@ -47,8 +47,8 @@ void quantise_row(const std::byte* bf16, uint32_t values, Quantisation kind, std
     const auto largest = std::bit_cast<float>(uint32_t{most} << 16);
     // A comparison with what is not a number is false, which leaves the smallest, as fmaxf() does.
     float scale = (largest > kSmallestMagnitude ? largest : kSmallestMagnitude) / kLargestFp8;
-    if (kind == Quantisation::kFp8PowerOf2) {
-      scale = round_up_to_power_of_2(scale);
+    if (kind != Quantisation::kFp8) scale = round_up_to_power_of_2(scale);
+    if (kind == Quantisation::kFp8Ue8m0) {
       scales[group] = static_cast<std::byte>(std::bit_cast<uint32_t>(scale) >> 23);
     } else {
       std::memcpy(scales + size_t{group} * sizeof scale, &scale, sizeof scale);

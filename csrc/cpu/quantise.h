@@ -9,7 +9,7 @@
 namespace efa_ep {
 
 /// Makes `values` codes, a multiple of kScaleGroup, and a scale per group: float32, or one ue8m0 byte for
-/// kFp8PowerOf2. Numbers that are not become 0x7F, the code that is not a number.
+/// kFp8Ue8m0. Numbers that are not become 0x7F, the code that is not a number.
 void quantise_row(const std::byte* bf16, uint32_t values, Quantisation kind, std::byte* codes,
                   std::byte* scales);
 

@@ -256,6 +256,10 @@ void launch_dispatch_send(const HalfLaunch& launch, const DispatchInput& input) 
       DP_LAUNCH(stage_tokens<Quantisation::kFp8PowerOf2>, grid, block, 0, launch.stream, launch.state,
                 launch.channel, input);
       break;
+    case Quantisation::kFp8Ue8m0:
+      DP_LAUNCH(stage_tokens<Quantisation::kFp8Ue8m0>, grid, block, 0, launch.stream, launch.state,
+                launch.channel, input);
+      break;
   }
 }
 

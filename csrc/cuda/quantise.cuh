@@ -49,14 +49,14 @@ DP_DEVICE void quantise_row(const std::byte* from, const RowList& to, uint32_t c
     }
     const float largest = fmaxf(__uint_as_float(bits << 16), kSmallestMagnitude);
     float scale = __fdiv_rn(largest, kLargestFp8);
-    if constexpr (kQuantisation == Quantisation::kFp8PowerOf2) scale = round_up_to_power_of_2(scale);
+    if constexpr (kQuantisation != Quantisation::kFp8) scale = round_up_to_power_of_2(scale);
     const uint4 packed{four_codes(low.x, low.y, scale), four_codes(low.z, low.w, scale),
                        four_codes(high.x, high.y, scale), four_codes(high.z, high.w, scale)};
     for (uint32_t i = 0; i < count && code < codes; ++i) {
       dp::st_na(to.row[i] + codes_offset + code, packed);
       if (code % kScaleGroup != 0) continue;
       std::byte* scales = to.row[i] + scales_offset;
-      if constexpr (kQuantisation == Quantisation::kFp8PowerOf2) {
+      if constexpr (kQuantisation == Quantisation::kFp8Ue8m0) {
         scales[code / kScaleGroup] = static_cast<std::byte>(__float_as_uint(scale) >> 23);
       } else {
         reinterpret_cast<float*>(scales)[code / kScaleGroup] = scale;

@@ -199,7 +199,7 @@ def quantise_and_count(libfabric: str, signals: str) -> None:
     from vllm_efa_ep import AllToAll
 
     settings = settings_of(1, provider="efaemu", libfabric=libfabric, gpu_signals=signals, num_sms=2)
-    for quantisation in ("fp8", "fp8_ue8m0"):
+    for quantisation in ("fp8", "fp8_power_of_2", "fp8_ue8m0"):
 
         def body(bootstrap: ThreadBootstrap, quantisation: str = quantisation) -> None:
             with AllToAll(config_of(quantisation, "cuda"), bootstrap, settings) as all_to_all:

@@ -40,19 +40,18 @@ def _batch(rank: int, seed: int) -> _Batch:
     )
 
 
-def quantise(x: torch.Tensor, power_of_2: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise(x: torch.Tensor, quantisation: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes and scales as torch computes them."""
     groups = x.float().unflatten(1, (-1, _GROUP))
     scales = groups.abs().amax(-1).clamp(min=1e-10) / 448
-    if power_of_2:
+    if quantisation != "fp8":
         scales = torch.exp2(torch.ceil(torch.log2(scales.double()))).float()
     codes = (groups / scales.unsqueeze(-1)).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return codes.flatten(1), scales.to(torch.float8_e8m0fnu) if power_of_2 else scales
+    return codes.flatten(1), scales.to(torch.float8_e8m0fnu) if quantisation == "fp8_ue8m0" else scales
 
 
 def play(all_to_all: AllToAll, rounds: int) -> None:
     """Play rounds with counts, and check every byte that arrives and comes back."""
-    power_of_2 = all_to_all.config.quantisation == "fp8_ue8m0"
     own = torch.tensor(all_to_all.local_experts)
     for seed in range(rounds):
         batches = [_batch(rank, seed) for rank in range(all_to_all.world_size)]
@@ -64,7 +63,7 @@ def play(all_to_all: AllToAll, rounds: int) -> None:
             here = torch.isin(batch.ids[counted], own).any(1)
             sent.append(batch.x[counted][here])
             ids.append(batch.ids[counted][here])
-        codes, scales = quantise(torch.cat(sent), power_of_2)
+        codes, scales = quantise(torch.cat(sent), all_to_all.config.quantisation)
         assert got.scales is not None
         assert got.topk_ids is not None
         assert got.scales.dtype == scales.dtype

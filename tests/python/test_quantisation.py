@@ -11,7 +11,7 @@ from vllm_efa_ep import AllToAll, AllToAllConfig
 from vllm_efa_ep.errors import ConfigurationError
 
 
-@pytest.mark.parametrize("quantisation", ["fp8", "fp8_ue8m0"])
+@pytest.mark.parametrize("quantisation", ["fp8", "fp8_power_of_2", "fp8_ue8m0"])
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
 def test_received_rows_are_what_torch_makes_of_the_tokens(quantisation: str, ranks_per_node: int) -> None:
     """Codes, scales and counts, over the network and inside the node."""
@@ -32,7 +32,7 @@ def test_received_rows_are_what_torch_makes_of_the_tokens(quantisation: str, ran
         ({"dtype": torch.bfloat16}, "makes float8_e4m3fn, but dtype is torch.bfloat16"),
         ({"hidden_size": 96}, "whole groups of 128 elements, but they have 96"),
         ({"scale_columns": 3}, "scale_columns is 3"),
-        ({"quantisation": "int4"}, "quantisation is 'int4'; use one of none, fp8, fp8_ue8m0"),
+        ({"quantisation": "int4"}, "quantisation is 'int4'; use one of none, fp8, fp8_power_of_2, fp8_ue8m0"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused(changes: dict[str, object], text: str) -> None:

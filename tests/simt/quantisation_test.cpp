@@ -37,17 +37,19 @@ uint8_t encode_e4m3(float value) {
   return static_cast<uint8_t>(best | (std::signbit(value) ? 0x80u : 0u));
 }
 
+uint32_t scale_size(Quantisation kind) { return kind == Quantisation::kFp8Ue8m0 ? 1 : sizeof(float); }
+
 /// Quantises one token: codes, and scales behind each other.
-void quantise(const std::vector<float>& values, bool power_of_2, std::byte* codes, std::byte* scales) {
+void quantise(const std::vector<float>& values, Quantisation kind, std::byte* codes, std::byte* scales) {
   for (size_t group = 0; group < values.size() / kGroup; ++group) {
     const float* block = values.data() + group * kGroup;
     float largest = 1e-10f;
     for (uint32_t i = 0; i < kGroup; ++i) largest = std::max(largest, std::fabs(block[i]));
     float scale = largest / kLargest;
-    if (power_of_2) {
-      int exponent = 0;
-      if (std::frexp(scale, &exponent) == 0.5f) --exponent;
-      scale = std::ldexp(1.0f, exponent);
+    int exponent = 0;
+    if (std::frexp(scale, &exponent) == 0.5f) --exponent;
+    if (kind != Quantisation::kFp8) scale = std::ldexp(1.0f, exponent);
+    if (kind == Quantisation::kFp8Ue8m0) {
       scales[group] = static_cast<std::byte>(exponent + 127);
     } else {
       std::memcpy(scales + group * sizeof scale, &scale, sizeof scale);
@@ -60,7 +62,7 @@ void quantise(const std::vector<float>& values, bool power_of_2, std::byte* code
 /// What the CPU's device makes of the same row.
 void expect_equal_on_cpu(const std::byte* bf16, Quantisation kind, uint32_t hidden, const std::byte* codes,
                          const std::byte* scales) {
-  const size_t scale_bytes = hidden / kGroup * (kind == Quantisation::kFp8PowerOf2 ? 1 : 4);
+  const size_t scale_bytes = hidden / kGroup * scale_size(kind);
   Bytes own_codes(hidden);
   Bytes own_scales(scale_bytes);
   quantise_row(bf16, hidden, kind, own_codes.data(), own_scales.data());
@@ -71,13 +73,12 @@ void expect_equal_on_cpu(const std::byte* bf16, Quantisation kind, uint32_t hidd
 class FusedQuantisation : public testing::TestWithParam<Quantisation> {};
 
 TEST_P(FusedQuantisation, MakesTheBytesOfTheReference) {
-  const bool power_of_2 = GetParam() == Quantisation::kFp8PowerOf2;
   constexpr uint32_t kHidden = 9 * kGroup;  // not a whole number of passes of a warp
   WorldConfig config;
   config.layout.topology = {4, 2};
   config.layout.row = {.top_k = 2,
                        .payload_bytes = kHidden,
-                       .scale_bytes = kHidden / kGroup * (power_of_2 ? 1 : 4),
+                       .scale_bytes = kHidden / kGroup * scale_size(GetParam()),
                        .combine_bytes = 64};
   config.layout.max_tokens = 12;
   for (uint32_t expert = 0; expert < 8; ++expert) config.expert_owner.push_back(expert / 2);
@@ -102,7 +103,7 @@ TEST_P(FusedQuantisation, MakesTheBytesOfTheReference) {
         std::memcpy(&values[i], &bits, sizeof bits);
         std::memcpy(inputs[rank].data() + (size_t{token} * kHidden + i) * 2, &half, sizeof half);
       }
-      quantise(values, power_of_2, plan.x.data() + size_t{token} * kHidden,
+      quantise(values, GetParam(), plan.x.data() + size_t{token} * kHidden,
                plan.scales.data() + size_t{token} * config.layout.row.scale_bytes);
       expect_equal_on_cpu(inputs[rank].data() + size_t{token} * kHidden * 2, GetParam(), kHidden,
                           plan.x.data() + size_t{token} * kHidden,
@@ -120,7 +121,7 @@ TEST_P(FusedQuantisation, OfEveryNumberIsEqualOnBothDevices) {
   constexpr uint32_t kPerGroup = kGroup - 1;
   constexpr uint32_t kGroups = (1 << 16) / kPerGroup + 1;
   constexpr uint32_t kValues = kGroups * kGroup;
-  const size_t scale_bytes = kGroups * (GetParam() == Quantisation::kFp8PowerOf2 ? 1 : 4);
+  const size_t scale_bytes = kGroups * scale_size(GetParam());
   for (const uint32_t largest :
        {0x43E0, 0x4380, 0x3F81, 0x0001, 0x7F7F, 0x7F80}) {  // 448, 256, ..., infinity
     TestMemory row(kValues * 2);
@@ -130,7 +131,6 @@ TEST_P(FusedQuantisation, OfEveryNumberIsEqualOnBothDevices) {
       std::memcpy(row.data() + i * 2, &bits, sizeof bits);
     }
     const TestMemory made(kValues + scale_bytes);
-    const bool power_of_2 = GetParam() == Quantisation::kFp8PowerOf2;
     const simt::stream_t stream = simt::stream_create(0);
     simt::launch_raw(
         stream, dim3(1), dim3(32), 0,
@@ -138,8 +138,11 @@ TEST_P(FusedQuantisation, OfEveryNumberIsEqualOnBothDevices) {
           DP_SHARED(cuda::RowList, rows);
           if (cuda::lane_id() == 0) rows.row[0] = made.data();
           __syncwarp();
-          (power_of_2 ? cuda::quantise_row<Quantisation::kFp8PowerOf2>
-                      : cuda::quantise_row<Quantisation::kFp8>)(row.data(), rows, 1, 0, kValues, kValues);
+          const auto quantise_row = GetParam() == Quantisation::kFp8 ? cuda::quantise_row<Quantisation::kFp8>
+                                    : GetParam() == Quantisation::kFp8PowerOf2
+                                        ? cuda::quantise_row<Quantisation::kFp8PowerOf2>
+                                        : cuda::quantise_row<Quantisation::kFp8Ue8m0>;
+          quantise_row(row.data(), rows, 1, 0, kValues, kValues);
         },
         "quantise");
     simt::stream_sync(stream);
@@ -148,7 +151,8 @@ TEST_P(FusedQuantisation, OfEveryNumberIsEqualOnBothDevices) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, FusedQuantisation,
-                         testing::Values(Quantisation::kFp8, Quantisation::kFp8PowerOf2));
+                         testing::Values(Quantisation::kFp8, Quantisation::kFp8PowerOf2,
+                                         Quantisation::kFp8Ue8m0));
 
 }  // namespace
 }  // namespace efa_ep

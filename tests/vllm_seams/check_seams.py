@@ -66,6 +66,7 @@ def check_layers() -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.fused_moe import all2all_utils
     from vllm.model_executor.layers.fused_moe.oracle import unquantized
+    from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
     from vllm_efa_ep.vllm_plugin.high_throughput import HighThroughputPrepareFinalize
     from vllm_efa_ep.vllm_plugin.low_latency import LowLatencyPrepareFinalize
@@ -80,6 +81,7 @@ def check_layers() -> None:
             made = all2all_utils.maybe_make_prepare_finalize(moe, None, all2all_manager=manager)
             assert type(made) is implementation
             assert made.num_dispatchers() == 4
+            assert made.allocate_fused_expert_output((1, 8), None, None, TopKWeightAndReduceNoOP()) is None
             assert config.use_batched_activation_format == (name == LOW_LATENCY)
             assert config.needs_round_robin_routing_tables
             with pytest.raises(ConfigurationError, match="modular"):

@@ -11,6 +11,7 @@ import fake_gpu
 import pytest
 import reference_moe
 import torch
+from cutedsl_experts import experts_of_nvfp4_dispatch, nvfp4_kernel, seen_by_experts
 from reference_moe import Layer, Tokens, assert_close
 from standard_experts import StandardExperts
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,7 @@ from vllm.model_executor.layers.fused_moe.experts.fused_batched_moe import Naive
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
 from vllm.v1.worker.gpu_ubatch_wrapper import UBatchWrapper
 from vllm.v1.worker.ubatching import make_ubatch_contexts
-from vllm_on_ranks import EXPERTS, MAX_TOKENS, RANKS, VllmRank
+from vllm_on_ranks import EXPERTS, MAX_TOKENS, RANKS, Kernel, VllmRank
 
 from vllm_efa_ep import _core
 from vllm_efa_ep.cuda import streams
@@ -57,6 +58,15 @@ def recorded_launches() -> Iterator[list[tuple[Any, ...]]]:
 
             patch.setattr(CudaHalves, name, launch)
         yield launches
+
+
+def assert_sent_in_place(vllm_rank: VllmRank, launches: list[tuple[Any, ...]]) -> None:
+    """No row was copied by combine_send: experts wrote all of them to the memory that other ranks read."""
+    (all_to_all,) = vllm_rank.manager._all_to_alls.values()
+    places = [results.data_ptr() for results in all_to_all._generations.current().results]
+    sent = [(channel, rows) for name, channel, rows, *_ in launches if name == "combine_send"]
+    assert sent
+    assert all(rows == places[channel] for channel, rows in sent)
 
 
 def shared_experts_overlap(vllm_rank: VllmRank) -> None:
@@ -127,6 +137,8 @@ def two_micro_batches(vllm_rank: VllmRank) -> None:
         assert_close(result, torch.cat(expected))
         (all_to_all_config,) = vllm_rank.manager._all_to_alls
         assert all_to_all_config.channels == 2
+        if backend == HIGH_THROUGHPUT:
+            assert_sent_in_place(vllm_rank, launches)
         vllm_rank.manager.close()
 
 
@@ -149,16 +161,16 @@ def not_while_capturing(*_: Any) -> Any:
     raise AssertionError("the host waited for the GPU while a graph was captured")
 
 
-def captured_low_latency(vllm_rank: VllmRank) -> None:
-    """No half and no step between them waits for the GPU; a replay finds everything where it was captured."""
-    layer = Layer.random(EXPERTS, 14)
-    kernel = vllm_rank.build(LOW_LATENCY, NaiveBatchedExperts, layer)
+def captured_twice(
+    kernel: Kernel, rank: int, layer: Layer, seen: Callable[[torch.Tensor], torch.Tensor]
+) -> list[list[tuple[Any, ...]]]:
+    """Capture a layer for two batches in the same tensors, and return what was launched."""
     static = Tokens.random(MAX_TOKENS, 3, range(EXPERTS), 0)
     kernel(static)  # vLLM runs every shape once before it captures
     launches_of_round = []
     for seed in range(2):
-        tokens = Tokens.random(MAX_TOKENS, 3, range(EXPERTS), 100 * seed + vllm_rank.rank)
-        tokens.ids[vllm_rank.rank :] = -1  # padding, as a graph's batch has
+        tokens = Tokens.random(MAX_TOKENS, 3, range(EXPERTS), 100 * seed + rank)
+        tokens.ids[rank:] = -1  # padding, as a graph's batch has
         for place, value in zip(
             (static.x, static.ids, static.weights), (tokens.x, tokens.ids, tokens.weights), strict=True
         ):
@@ -170,9 +182,26 @@ def captured_low_latency(vllm_rank: VllmRank) -> None:
             patch.setattr("vllm_efa_ep.cuda.driver.Gpu.synchronize", not_while_capturing)
             with fake_gpu.capture(), ForbidHostReads():
                 result = kernel(static)
-        assert_close(result, reference_moe.output(layer, tokens))
-        launches_of_round.append(launches[:2])  # inputs and receive buffers; vLLM owns the rest
-    assert launches_of_round[0] == launches_of_round[1]
+        assert_close(result, reference_moe.output(layer, tokens, seen))
+        launches_of_round.append(launches)
+    return launches_of_round
+
+
+def captured_low_latency(vllm_rank: VllmRank) -> None:
+    """No half and no step between them waits for the GPU; a replay finds everything where it was captured."""
+    layer = Layer.random(EXPERTS, 14)
+    kernel = vllm_rank.build(LOW_LATENCY, NaiveBatchedExperts, layer)
+    first, second = captured_twice(kernel, vllm_rank.rank, layer, torch.Tensor.float)
+    assert first[:2] == second[:2]  # inputs and receive buffers; vLLM owns the rest
+    vllm_rank.manager.close()
+
+
+def captured_nvfp4(vllm_rank: VllmRank) -> None:
+    """Nor does what quantises before dispatch, and orders scales after it."""
+    with experts_of_nvfp4_dispatch():
+        kernel, layer = nvfp4_kernel(vllm_rank, 22)
+        first, second = captured_twice(kernel, vllm_rank.rank, layer, seen_by_experts)
+    assert first[1] == second[1]
     vllm_rank.manager.close()
 
 
@@ -181,11 +210,12 @@ def captured_high_throughput(vllm_rank: VllmRank) -> None:
     layer = Layer.random(EXPERTS, 15)
     kernel = vllm_rank.build(HIGH_THROUGHPUT, StandardExperts, layer)
     tokens = Tokens.random(vllm_rank.rank, 3, range(EXPERTS), vllm_rank.rank)
-    with pytest.MonkeyPatch.context() as patch, fake_gpu.capture():
+    with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches, fake_gpu.capture():
         patch.setattr(_core.CudaDevice, "wait_for_rows", not_while_capturing)
         patch.setattr("vllm_efa_ep.cuda.halves.is_capturing", streams.is_capturing)
         result = kernel(tokens)
     assert_close(result, reference_moe.output(layer, tokens))
+    assert_sent_in_place(vllm_rank, launches)
     vllm_rank.manager.close()
 
 
@@ -219,6 +249,7 @@ ORDER_SCENARIOS: tuple[Callable[[VllmRank], None], ...] = (
     shared_experts_overlap,
     two_micro_batches,
     captured_low_latency,
+    captured_nvfp4,
     captured_high_throughput,
     fault_in_a_replay,
 )

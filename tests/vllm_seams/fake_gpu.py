@@ -148,11 +148,24 @@ def _silu_and_mul(out: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def _quantize_fp8_groups(
-    rows: torch.Tensor, q: torch.Tensor, s: torch.Tensor, group_size: int, *_: object
+    rows: torch.Tensor,
+    q: torch.Tensor,
+    s: torch.Tensor,
+    group_size: int,
+    eps: float,
+    fp8_min: float,
+    fp8_max: float,
+    ue8m0: bool,
+    *_: object,
 ) -> None:
+    """As in csrc/quantization/w8a8/fp8/per_token_group_quant.cu of vLLM 0.33."""
     groups = rows.float().unflatten(-1, (-1, group_size))
-    s.copy_(groups.abs().amax(-1).clamp(min=1e-10) / _FP8_MAX)
-    q.copy_((groups / s.unsqueeze(-1)).flatten(-2).to(_FP8))
+    scale = groups.abs().amax(-1).clamp(min=eps) / fp8_max
+    if ue8m0:
+        scale = scale.clamp(min=1e-10).double().log2().ceil().exp2().float()
+    s.copy_(scale)
+    values = groups * (1 / scale).unsqueeze(-1)
+    q.copy_(values.clamp(fp8_min, fp8_max).flatten(-2).to(_FP8))
 
 
 def _quantize_fp8_rows(q: torch.Tensor, rows: torch.Tensor, s: torch.Tensor, _: object) -> None:
@@ -169,6 +182,7 @@ def _quantize_fp4(
     output_scale: torch.Tensor,
 ) -> None:
     assert not swizzled, "scales of different rows would mix"
+    global_scale = global_scale.flatten()[0]  # all that vLLM's kernel reads of it
     blocks = rows.float().unflatten(-1, (-1, 16))
     scale = (blocks.abs().amax(-1) / _FP4_VALUES[-1] * global_scale).to(_FP8)
     output_scale.view(_FP8).copy_(scale)

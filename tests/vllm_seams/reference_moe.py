@@ -93,10 +93,12 @@ def output(
     return result
 
 
-def through_fp8(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows after block quantisation to e4m3: 128 values share a float32 scale."""
-    blocks = rows.float().reshape(rows.shape[0], -1, FP8_BLOCK)
+def through_fp8(rows: torch.Tensor, block: int = FP8_BLOCK, power_of_2: bool = False) -> torch.Tensor:
+    """Return rows after block quantisation to e4m3: ``block`` values share a float32 scale."""
+    blocks = rows.float().reshape(rows.shape[0], -1, block)
     scale = blocks.abs().amax(2, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    if power_of_2:
+        scale = 2 ** scale.log2().ceil()
     return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).reshape(rows.shape)
 
 

@@ -32,6 +32,22 @@ class HighThroughputPrepareFinalize(EfaEpPrepareFinalize):
         """Return None: the experts need not know a bound."""
         return None
 
+    def allocate_fused_expert_output(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, weight_and_reduce_impl: Any
+    ) -> torch.Tensor | None:
+        """Let experts that weight and reduce write where other ranks read, so that combine copies nothing.
+
+        vLLM hands the tensor to ``finalize`` and keeps no reference. None lets it choose the place; on CPU
+        it does so in any case.
+        """
+        if current_platform.is_cpu() or not isinstance(weight_and_reduce_impl, TopKWeightAndReduceNoOP):
+            return None
+        place = self._place_of_results()
+        return place if (place.shape, place.dtype, place.device) == (shape, dtype, device) else None
+
+    def _takes_byte_scales(self, fused_experts: Any) -> bool:  # noqa: ARG002
+        return True
+
     def _expert_input(
         self, dispatched: Dispatched, scales: torch.Tensor | None, quant_config: Any, quantize: bool
     ) -> PrepareResult:

@@ -11,6 +11,7 @@ from vllm_efa_ep.all_to_all import Dispatched
 from vllm_efa_ep.errors import ConfigurationError
 from vllm_efa_ep.vllm_plugin import wire_format
 from vllm_efa_ep.vllm_plugin.prepare_finalize import EfaEpPrepareFinalize, PrepareResult
+from vllm_efa_ep.vllm_plugin.wire_format import NVFP4_VALUES_PER_WORD
 
 
 class LowLatencyPrepareFinalize(EfaEpPrepareFinalize):
@@ -26,6 +27,16 @@ class LowLatencyPrepareFinalize(EfaEpPrepareFinalize):
     def max_num_tokens_per_rank(self) -> int | None:
         """Return the most tokens a rank may dispatch at once; times the ranks it is the capacity."""
         return int(self._moe.max_num_tokens)
+
+    def _takes_byte_scales(self, fused_experts: Any) -> bool:
+        # vLLM's batched experts quantise by themselves, but for those told to expect it of DeepEP.
+        takes_fp4 = bool(getattr(fused_experts, "use_deep_ep_ll_nvfp4_dispatch", False))
+        if takes_fp4 and self._moe.hidden_dim % NVFP4_VALUES_PER_WORD:
+            raise ConfigurationError(
+                f"VLLM_DEEPEPLL_NVFP4_DISPATCH=1 needs a hidden size that is a multiple of "
+                f"{NVFP4_VALUES_PER_WORD}, not {self._moe.hidden_dim}; unset it"
+            )
+        return takes_fp4
 
     def _expert_input(
         self, dispatched: Dispatched, scales: torch.Tensor | None, quant_config: Any, quantize: bool

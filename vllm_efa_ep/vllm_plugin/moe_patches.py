@@ -84,7 +84,7 @@ def _announce_formats() -> None:
     CUDA experts of the Standard format take global ids, and some of them to be consecutive on each rank, so
     vLLM keeps to linear placement there, as with its own backends.
     """
-    from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
     from vllm.platforms import current_platform
 
     round_robin = BACKEND_NAMES if current_platform.is_cpu() else (LOW_LATENCY,)
@@ -98,6 +98,16 @@ def _announce_formats() -> None:
         FusedMoEParallelConfig,
         "needs_round_robin_routing_tables",
         lambda config: config.use_all2all_kernels and config.all2all_backend in round_robin,
+    )
+    # By this, batched experts decide whether VLLM_DEEPEPLL_NVFP4_DISPATCH concerns them. The property of the
+    # same name in FusedMoEParallelConfig would also have hidden sizes rounded up to those DeepEP has.
+    extend_property(
+        FusedMoEConfig,
+        "use_deepep_ll_kernels",
+        lambda moe: (
+            moe.moe_parallel_config.use_all2all_kernels
+            and moe.moe_parallel_config.all2all_backend == LOW_LATENCY
+        ),
     )
 
 

@@ -84,7 +84,7 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
             moe,
             self._quant_config,
             fused_experts.expects_unquantized_inputs,
-            batched=self.activation_format == mk.FusedMoEActivationFormat.BatchedExperts,
+            self._takes_byte_scales(fused_experts),
         )
         all_to_all = self._manager.get_handle(
             {
@@ -96,6 +96,7 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
                 "combine_dtype": moe.in_dtype,
                 "payload_columns": wire.columns,
                 "scale_columns": wire.scale_columns,
+                "quantisation": wire.quantisation,
                 "layout": self.layout,
                 "channels": self._channels,
                 "expert_to_rank": self._owners,
@@ -185,11 +186,8 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
 
         ``fused_expert_output`` may be ``output`` itself; ``combine_send`` has read it when it returns.
         """
-        channel = dbo_current_ubatch_id()
-        current = self._rounds[channel]
-        if current is None:
-            raise RuntimeError("vLLM finalized an MoE layer that it had not prepared")
-        self._rounds[channel] = None
+        current = self._current_round()
+        self._rounds[current.handle.channel] = None
         all_to_all = self._connected().all_to_all
         rows, weights_applied = self._expert_output(fused_expert_output, output, weight_and_reduce_impl)
         dbo_maybe_run_recv_hook()
@@ -206,6 +204,10 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
         """Combine and wait; the arguments of ``finalize_async``."""
         receive, _ = self.finalize_async(*args, **kwargs)
         receive()
+
+    @abstractmethod
+    def _takes_byte_scales(self, fused_experts: Any) -> bool:
+        """Return whether the experts take rows with scales of one byte, such as nvfp4's."""
 
     @abstractmethod
     def _expert_input(
@@ -233,6 +235,17 @@ class EfaEpPrepareFinalize(mk.FusedMoEPrepareAndFinalizeModular):  # type: ignor
             weight_and_reduce_impl: What the experts leave to do.
 
         """
+
+    def _place_of_results(self) -> torch.Tensor:
+        """Return ``expert_output()`` of the micro-batch's round: what is there already needs no copy."""
+        with one_line_per_error():
+            return self._connected().all_to_all.expert_output(self._current_round().handle)
+
+    def _current_round(self) -> _Round:
+        current: _Round | None = self._rounds[dbo_current_ubatch_id()]
+        if current is None:
+            raise RuntimeError("vLLM finalized an MoE layer that it had not prepared")
+        return current
 
     def _connected(self) -> _Exchange:
         if self._exchange is None:
