@@ -140,8 +140,12 @@ def main() -> int:
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     runs = [(target, program, seed) for seed in seeds for target in results for program in target.programs]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        for (target, *_), result in zip(runs, pool.map(lambda each: run(*each), runs), strict=True):
+        for (target, program, seed), result in zip(
+            runs, pool.map(lambda each: run(*each), runs), strict=True
+        ):
             results[target] += result
+            words = f"{target.code}, {target.build}: {program.name}: {result.passed} passed"
+            print(f"seed {seed} of {seeds.start} to {seeds.stop - 1}: {words}", file=sys.stderr, flush=True)
     print(table(results, arguments.seeds))
     return 1 if any(result.failed for result in results.values()) else 0
 
