@@ -122,7 +122,7 @@ TEST_P(FaultOnDevice, EndsInSurvivalOrInANamedError) {
     config.rounds = kRounds;
     const auto struck = static_cast<uint32_t>(seed % config.world());
     CudaRank::Options options;
-    options.timeout_ns = fault.survived ? 60'000'000'000 : 1'000'000'000;
+    options.timeout_ns = fault.survived ? 60'000'000'000 : 2'000'000'000;
     EmulatedCudaWorld world(config, emulated_profile("hostile"), options,
                             {{half, struck, 0, kStruckRound, fault.fault}});
     world.run(plan_rounds(config));
