@@ -2,6 +2,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <bit>
 #include <chrono>
 #include <string>
@@ -166,13 +167,18 @@ void CudaDevice::throw_if_failed() const {
 
 namespace {
 
+/// A kernel names itself if it waited for its own writes, and else one rank of which nothing came. If writes
+/// to that rank are not complete either, both may stand in full queues behind writes to a third, which
+/// answers nobody: it is then among those whose writes are not complete.
 std::vector<uint32_t> missing_ranks(const DeviceError& error, const DeviceConfig& config, Proxy* proxy) {
-  std::vector<uint32_t> ranks;
-  if (error.rank == config.rank && proxy != nullptr) {
+  std::vector<uint32_t> unfinished;
+  if (proxy != nullptr) {
     for (const uint32_t node : proxy->unfinished_destinations())
-      ranks.push_back(config.layout.topology.rail_peer(config.rank, node));
+      unfinished.push_back(config.layout.topology.rail_peer(config.rank, node));
   }
-  return ranks.empty() ? std::vector<uint32_t>{error.rank} : ranks;
+  const bool for_own_writes = error.rank == config.rank && !unfinished.empty();
+  const bool behind_others = std::ranges::find(unfinished, error.rank) != unfinished.end();
+  return for_own_writes || behind_others ? unfinished : std::vector<uint32_t>{error.rank};
 }
 
 }  // namespace

@@ -79,8 +79,8 @@ class CudaDevice {
   std::vector<Stage> stages_;
 };
 
-/// Throws what a fault means to the caller. A wait for the own writes, of which `proxy` knows (null if the
-/// world has one node), names the ranks that have not confirmed them.
+/// Throws what a fault means to the caller. `proxy`, null if the world has one node, knows which ranks have
+/// not confirmed writes, and may be what was waited for.
 [[noreturn]] void throw_fault(const DeviceError& error, const DeviceConfig& config, Proxy* proxy);
 
 }  // namespace efa_ep::cuda

@@ -138,7 +138,8 @@ TEST_P(FaultOnDevice, EndsInSurvivalOrInANamedError) {
     EXPECT_EQ(finished == config.world(), blamed.empty());
     const bool gone =
         fault.fault.kind == FaultKind::kDie || (fault.fault.kind == FaultKind::kFreeze && !fault.survived);
-    EXPECT_TRUE(!gone || std::count(blamed.begin(), blamed.end(), struck)) << "nobody names " << struck;
+    EXPECT_TRUE(!gone || std::count(blamed.begin(), blamed.end(), struck))
+        << "nobody names " << struck << ", but " << testing::PrintToString(blamed);
   }
 }
 
