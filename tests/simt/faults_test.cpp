@@ -75,6 +75,29 @@ TEST(Faults, ARailPeerThatNeverConfirmsIsNamed) {
   }
 }
 
+// A rank that takes nothing keeps writes to it in the queues, and what stands behind them waits, too. The
+// kernel names one rank of which nothing came; it may be alive.
+TEST(Faults, ARankThatFillsTheQueuesIsNamedBesideThoseBehindIt) {
+  const WorldConfig config = small_config(3, 1);
+  CudaWorld world(config, impatient());
+  world.world().network().set_rule(
+      [](uint32_t, const WriteRequest&) { return LoopbackNetwork::Fault::kRefuse; });
+  const auto round = Planner(config).plan();
+  for (const uint32_t rank : {1u, 2u}) {
+    world.rank(rank).dispatch_send(0, round[rank]);
+    world.rank(rank).dispatch_recv(0);
+  }
+  for (const uint32_t rank : {1u, 2u}) world.rank(rank).sync();
+  for (const uint32_t rank : {1u, 2u}) {
+    try {
+      world.rank(rank).throw_if_failed();
+      ADD_FAILURE() << "nothing was missed";
+    } catch (const RankTimeoutError& error) {
+      EXPECT_EQ(error.missing, (std::vector<uint32_t>{0, 3 - rank})) << error.what();
+    }
+  }
+}
+
 TEST(Faults, AnOwnerThatNeverAnswersIsNamedByItsRound) {
   const WorldConfig config = small_config(1, 2);
   CudaWorld world(config, impatient());
