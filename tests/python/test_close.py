@@ -6,6 +6,7 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,16 @@ def _drain(rank: Rank) -> None:
         all_to_all.drain()
 
 
+def _seen_by_the_first_when_the_second_freezes(world: ProcessWorld) -> Any:
+    for rank in range(2):
+        world.hear(rank, "ready")
+    world.signal(1, signal.SIGSTOP)
+    world.go(0)
+    ended = world.ended(0)
+    assert ended.error is None, ended.message
+    return ended.value
+
+
 @pytest.mark.parametrize("sends", [False, True])
 @pytest.mark.parametrize(("size", "ranks_per_node"), [(2, 1), (2, 2), (4, 2)])
 def test_a_dead_rank_is_not_waited_for(size: int, ranks_per_node: int, sends: bool) -> None:
@@ -84,13 +95,7 @@ def test_a_dead_rank_is_not_waited_for(size: int, ranks_per_node: int, sends: bo
 def test_a_frozen_rank_is_waited_for_until_the_deadline(ranks_per_node: int) -> None:
     """And named then."""
     with ProcessWorld(2, _close, ranks_per_node, _SOON, False) as world:
-        for rank in range(2):
-            world.hear(rank, "ready")
-        world.signal(1, signal.SIGSTOP)
-        world.go(0)
-        ended = world.ended(0)
-        assert ended.error is None, ended.message
-        (warning,) = ended.value
+        (warning,) = _seen_by_the_first_when_the_second_freezes(world)
         waited = re.search(r"close on rank 0 waited ([\d.]+) s for rank 1", warning)
         assert waited, warning
         assert float(waited[1]) >= _SOON
@@ -99,9 +104,4 @@ def test_a_frozen_rank_is_waited_for_until_the_deadline(ranks_per_node: int) -> 
 def test_drain_names_the_rank_that_takes_no_writes() -> None:
     """And the world has ended for the caller, as after a half that failed."""
     with ProcessWorld(2, _drain) as world:
-        for rank in range(2):
-            world.hear(rank, "ready")
-        world.signal(1, signal.SIGSTOP)
-        world.go(0)
-        ended = world.ended(0)
-        assert ended.error is None, ended.message
+        _seen_by_the_first_when_the_second_freezes(world)
