@@ -40,7 +40,7 @@ class OnEmulatedNetwork : public testing::TestWithParam<Shape> {};
 
 TEST_P(OnEmulatedNetwork, OutputsAreThePlans) {
   const auto [nodes, ranks_per_node] = GetParam();
-  if (kSanitized && nodes > 2) GTEST_SKIP() << "more threads than ThreadSanitizer follows in a minute";
+  if (kThreadSanitized && nodes > 2) GTEST_SKIP() << "more threads than ThreadSanitizer follows in a minute";
   uint64_t lost_pieces = 0;
   uint64_t refused = 0;
   for (uint32_t turn = 0; turn < amount(kSanitized ? 1 : 6, 60) && !HasFailure(); ++turn) {

@@ -123,9 +123,10 @@ TEST(Releases, AreOnePerChunkAndPair) {
   }
 }
 
+// ThreadSanitizer has fewer clocks than there are threads here, and may miss a race between two ranks; those of
+// smaller worlds it does not.
 TEST(LargeWorld, OfFourNodesWithFourRanksRunsItsRounds) {
-  if (kSanitized) GTEST_SKIP() << "more threads than ThreadSanitizer can follow";
-  for (uint32_t turn = 0; turn < amount(4, 12); ++turn) {  // all layouts
+  for (uint32_t turn = 0; turn < amount(kThreadSanitized ? 1 : 4, 12); ++turn) {  // all layouts
     const uint64_t seed = test_seed(44 + turn);
     const WorldConfig config = draw(4, 4, turn, seed);
     CudaWorld(config, draw_options(seed)).run(plan_rounds(config));
