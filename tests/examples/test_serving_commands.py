@@ -171,7 +171,10 @@ def test_the_doctors_job_is_understood() -> None:
 def test_the_slurm_job_starts_ray_and_serves(
     programs: FakePrograms, vllm_parser: VllmParser, nodes: int, tmp_path: Path
 ) -> None:
-    """Ray on every node, then the doctor, which may end the job, then vLLM on Ray; and no secret stays."""
+    """Ray on every node, then the doctor, which may end the job, then vLLM on Ray.
+
+    They have one secret, which does not stay.
+    """
     result = programs.run(
         ["bash", str(EXAMPLES / "parallelcluster" / "serve.sbatch"), "kimi-k2", "mixed"],
         SLURM_NNODES=str(nodes),
@@ -182,6 +185,9 @@ def test_the_slurm_job_starts_ray_and_serves(
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / ".efa-ep-7").exists()
     asked = programs.asked()
+    secrets = programs.secrets()
+    assert secrets["vllm"] == secrets["vllm-efa-ep"]
+    assert len(bytes.fromhex(secrets["vllm"])) == 32
     ray_nodes = [command for command in asked if command[0] == "srun"]
     assert len(ray_nodes) == min(nodes, 2)
     others = [command for command in asked if command[0] in ("vllm", "vllm-efa-ep")]
