@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from thread_world import DEADLINE_S, run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, _core
+from vllm_efa_ep.cli import main
 from vllm_efa_ep.metrics.collector import RankCollector
 from vllm_efa_ep.metrics.registry import METRICS, NIC_METRICS, RANK_METRICS, metrics_markdown
 from vllm_efa_ep.metrics.snapshot import SnapshotWriter
@@ -201,3 +202,12 @@ def test_the_exporter_for_nodes_without_an_api_server(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_exporter_names_the_extra_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, like every error of the command."""
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    assert main(["metrics", "--port", "0"]) == 2
+    assert "vllm-efa-ep[metrics]" in capsys.readouterr().err
