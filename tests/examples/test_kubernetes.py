@@ -180,6 +180,24 @@ def test_a_pod_has_the_secret_of_the_run(pod: PodTemplate) -> None:
     assert {"name": "secret", "secret": {"secretName": "efa-ep"}} in pod.spec["volumes"]
 
 
+def test_what_runs_on_the_nodes_tolerates_their_taints() -> None:
+    """The pods, and the device plugins without which the nodes have neither GPUs nor EFA devices to give.
+
+    NVIDIA's chart tolerates its own taint, and asks for a label where nobody discovers features.
+    """
+    plugin = yaml.safe_load((EXAMPLES / "eks" / "efa-device-plugin.yaml").read_text())
+    (key,) = plugin["supportedInstanceLabels"]["keys"]
+    assert set(plugin["supportedInstanceLabels"]["values"]) == set(INSTANCES)
+    for group in (each for each in cluster()["managedNodeGroups"] if each.get("efaEnabled")):
+        assert group["labels"]["nvidia.com/gpu.present"] == "true"
+        for taint in group["taints"]:
+            tolerated = {"key": taint["key"], "operator": "Exists", "effect": taint["effect"]}
+            assert tolerated in plugin["tolerations"]
+            assert all(
+                tolerated in pod.spec["tolerations"] for pod in SERVING if key in pod.spec["nodeSelector"]
+            )
+
+
 def test_the_nodes_have_what_the_pods_need() -> None:
     """EFA, one zone, and a limit on pinned memory above any machine's memory."""
     groups = [group for group in cluster()["managedNodeGroups"] if group.get("efaEnabled")]
