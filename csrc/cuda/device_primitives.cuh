@@ -18,6 +18,12 @@
 //   atom_add_acq_rel_gpu
 //   fence_{release,acquire}_sys        a release fence followed by relaxed stores is a release pattern for
 //                                      each of them; relaxed loads followed by an acquire fence likewise
+//   DP_BULK_COPIES                     whether the SM's copy engine can be asked (sm_90 on); then, for
+//   16-byte
+//                                      units, aligned so:
+//   mbarrier_{init,arrive_expect_tx,try_wait}, bulk_load, bulk_store, bulk_commit_group,
+//   bulk_wait_group, bulk_wait_group_read
+//   fence_proxy_async                  before the copy engine reads what the thread has written or acquired
 //   spin_pause()                       body of every polling loop
 //   global_timer()                     nanoseconds; the same clock on all SMs
 #pragma once
@@ -132,6 +138,67 @@ DP_DEVICE void fence_acquire_sys() { asm volatile("fence.acq_rel.sys;" ::: "memo
 #else
 DP_DEVICE void fence_release_sys() { asm volatile("fence.release.sys;" ::: "memory"); }
 DP_DEVICE void fence_acquire_sys() { asm volatile("fence.acquire.sys;" ::: "memory"); }
+#endif
+
+// ---- the SM's copy engine ------------------------------------------------------------------------------
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define DP_BULK_COPIES 1
+
+DP_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+DP_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+               : "memory");
+}
+DP_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+/// Whether the phase of this parity has ended; after some time it says no, too.
+DP_DEVICE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n"
+      ".reg .pred %%ended;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 %%ended, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, %%ended;\n"
+      "}"
+      : "=r"(ended)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+
+DP_DEVICE void bulk_load(void* to_shared, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to_shared)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+DP_DEVICE void bulk_store(void* to, const void* from_shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from_shared)), "r"(bytes)
+               : "memory");
+}
+DP_DEVICE void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+/// Waits until all groups of this thread but the last `kPending` are complete, or have read what they copy.
+template <int kPending>
+DP_DEVICE void bulk_wait_group() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+template <int kPending>
+DP_DEVICE void bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+DP_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+#else
+#define DP_BULK_COPIES 0
 #endif
 
 // ---- time ----------------------------------------------------------------------------------------------

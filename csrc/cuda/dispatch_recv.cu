@@ -2,6 +2,7 @@
 // of the node which rows are for them; take waits for all sources and finds every row that is for this rank;
 // pack writes them out. forward waits for other nodes only, and take only for what kernels before it send, so
 // no wait depends on which blocks run at the same time.
+#include "cuda/payloads.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/tiles.cuh"
 
@@ -231,8 +232,9 @@ DP_DEVICE void count_received(const Context& at, uint32_t rows) {
 
 // ---- pack ----------------------------------------------------------------------------------------------
 
-DP_DEVICE void pack_per_token(const Context& at, const std::byte* row, uint32_t place,
-                              const DispatchOutput& output, RowList& to) {
+/// Writes what belongs to a row, and lists where its payload goes. Returns how many places these are.
+DP_DEVICE uint32_t pack_per_token(const Context& at, const std::byte* row, uint32_t place,
+                                  const DispatchOutput& output, RowList& to) {
   const RowShape& shape = at.layout().row;
   const uint32_t slot = lane_id();
   if (slot < shape.top_k) {
@@ -243,17 +245,16 @@ DP_DEVICE void pack_per_token(const Context& at, const std::byte* row, uint32_t 
     if (expert < at.device.local_experts) atomicAdd(&output.tokens_per_expert[expert], 1);
   }
   if (lane_id() == 0) to.row[0] = output.x + size_t{place} * shape.payload_bytes;
-  __syncwarp();
-  copy_vectors(row + shape.payload_offset(), to, 1, 0, shape.payload_bytes);
   if (shape.scale_bytes > 0) {
     copy_bytes(row + shape.scales_offset(), output.scales + size_t{place} * shape.scale_bytes,
                shape.scale_bytes);
   }
+  return 1;
 }
 
-/// A token that names an expert twice gets one row there.
-DP_DEVICE void pack_per_expert(const Context& at, const std::byte* row, uint32_t number,
-                               const DispatchOutput& output, RowList& to) {
+/// The same. A token that names an expert twice gets one row there.
+DP_DEVICE uint32_t pack_per_expert(const Context& at, const std::byte* row, uint32_t number,
+                                   const DispatchOutput& output, RowList& to) {
   const DeviceState& device = at.device;
   const RowShape& shape = at.layout().row;
   const uint32_t slot = lane_id();
@@ -267,12 +268,11 @@ DP_DEVICE void pack_per_expert(const Context& at, const std::byte* row, uint32_t
     place = size_t{expert} * device.capacity() + place_of(tile, number);
     to.row[__popc(firsts & lanes_below())] = output.x + place * shape.payload_bytes;
   }
-  __syncwarp();
-  copy_vectors(row + shape.payload_offset(), to, __popc(firsts), 0, shape.payload_bytes);
   for (uint32_t left = firsts; left != 0 && shape.scale_bytes > 0; left &= left - 1) {
     const size_t scales = __shfl_sync(kFullWarp, place, __ffs(left) - 1) * shape.scale_bytes;
     copy_bytes(row + shape.scales_offset(), output.scales + scales, shape.scale_bytes);
   }
+  return __popc(firsts);
 }
 
 }  // namespace
@@ -343,17 +343,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 template <bool kPerExpert>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     pack_rows(const DeviceState* __restrict__ state, uint32_t channel, const DispatchOutput output) {
-  DP_SHARED_ARRAY(RowList, to, kWarps);
+  DP_SHARED_ARRAY(RowList, lists, kWarps);
+  DP_SHARED_ARRAY(PayloadStages, stages, kWarps);
   const Context at = context_of(state, channel);
   if (!block_may_run(at.device)) return;
+  RowList& to = lists[warp_id()];
+  Payloads payloads(at, stages[warp_id()]);
   for (uint32_t row = warp_in_grid(); row < at.counters().received; row += warps_in_grid()) {
-    if constexpr (kPerExpert) {
-      pack_per_expert(at, at.channel.received[row], row, output, to[warp_id()]);
-    } else {
-      pack_per_token(at, at.channel.received[row], row, output, to[warp_id()]);
-    }
+    const std::byte* from = at.channel.received[row];
+    const uint32_t places =
+        kPerExpert ? pack_per_expert(at, from, row, output, to) : pack_per_token(at, from, row, output, to);
+    __syncwarp();
+    payloads.write_next(to, places);
     __syncwarp();
   }
+  payloads.finish();
 }
 
 void launch_dispatch_recv(const HalfLaunch& launch, const DispatchOutput& output) {

@@ -23,6 +23,10 @@ PAYLOAD = {
 _GLOBAL = re.compile(r"(LDG?|STG?|ATOM\w*|RED\w*)(\..*)?")
 _LOAD = re.compile(r"LDG?\..*\.128(\..*)?")
 _STORE = re.compile(r"STG?\..*\.128(\..*)?")
+# Where the SM's copy engine moves payloads, on GPUs that have it: global to shared memory, and back
+IN_BULK = {"pack_rows"}
+_BULK_LOAD = "UBLKCP.S.G"
+_BULK_STORE = "UBLKCP.G.S"
 _SCALE = re.compile(r"\bscales\)?\[")
 
 # System-scope releases make an SM wait for all its writes, so each is listed: one in submit(), which hands
@@ -49,7 +53,7 @@ def no_local_memory(kernel: str, code: list[Instruction]) -> None:
 
 def sixteen_bytes_at_a_time(kernel: str, code: list[Instruction]) -> None:
     """The loops over a row's payload touch global memory 16 bytes at a time, and in no other way."""
-    if kernel not in PAYLOAD:
+    if kernel not in PAYLOAD or any(i.name == _BULK_LOAD for i in code):
         return
     loops = [i for i in code if any(i.is_from(function) for function in PAYLOAD[kernel])]
     accesses = [i for i in loops if _GLOBAL.fullmatch(i.name)]
@@ -59,6 +63,14 @@ def sixteen_bytes_at_a_time(kernel: str, code: list[Instruction]) -> None:
     assert not narrow, f"{kernel}: {narrow}"
     assert any(_LOAD.fullmatch(name) for name in payload), kernel
     assert any(_STORE.fullmatch(name) for name in payload), kernel
+
+
+def in_bulk_where_listed(kernel: str, code: list[Instruction]) -> None:
+    """Copies of received payloads take no registers. For targets with a copy engine: from sm_90 on."""
+    bulk = {i.name for i in code if i.name.startswith("UBLKCP")}
+    assert bulk == ({_BULK_LOAD, _BULK_STORE} if kernel in IN_BULK else set()), kernel
+    if kernel in IN_BULK:
+        assert not [i for i in code if i.is_from("copy_vectors")], kernel
 
 
 def releases_where_listed(kernel: str, code: list[Instruction]) -> None:

@@ -27,7 +27,7 @@ NARROW = [
         "value[u] = dp::ld_nc(from + size_t{vector} * kVectorBytes);",
         "{ const auto* words = reinterpret_cast<const volatile uint2*>(from + size_t{vector} * kVectorBytes);"
         " value[u] = {words[0].x, words[0].y, words[1].x, words[1].y}; }",
-        "dispatch_recv.cu",
+        "dispatch_send.cu",
     ),
     Fault(
         "rows.cuh",
@@ -35,6 +35,16 @@ NARROW = [
         "const uint4 sum = pack<kType>(total); auto* words = reinterpret_cast<volatile uint32_t*>(out + at);"
         " words[0] = sum.x; words[1] = sum.y; words[2] = sum.z; words[3] = sum.w;",
         "combine_send.cu",
+    ),
+]
+# Payloads pass through registers where there is a copy engine, or leave the engine's stages through them
+THROUGH_REGISTERS = [
+    Fault("payloads.cuh", "#if DP_BULK_COPIES", "#if !DP_BULK_COPIES", "dispatch_recv.cu"),
+    Fault(
+        "payloads.cuh",
+        "dp::bulk_store(to.row[i] + offset, stages_.piece[stage], piece_bytes(offset));",
+        "dp::st_na(to.row[i] + offset, dp::ld_na(stages_.piece[stage]));",
+        "dispatch_recv.cu",
     ),
 ]
 # A release per row, a second one per chunk, one for every flag of a list that one would do for, and none
@@ -107,6 +117,7 @@ def _keeps_to(gate: gates.Gate, cubin: pathlib.Path) -> bool:
 @pytest.mark.parametrize(
     ("fault", "gate"),
     [(fault, gates.sixteen_bytes_at_a_time) for fault in NARROW]
+    + [(fault, gates.in_bulk_where_listed) for fault in THROUGH_REGISTERS]
     + [(fault, gates.releases_where_listed) for fault in RELEASES]
     + [(ACQUIRE, gates.acquires_wait_for_no_writes)],
 )

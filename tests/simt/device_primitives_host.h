@@ -6,6 +6,7 @@
 #include "engine/simt.h"
 
 #define DP_DEVICE inline
+#define DP_BULK_COPIES 1
 #define DP_SHARED(T, name)             \
   static const char dp_key_##name = 0; \
   T& name = *static_cast<T*>(::simt::shared_alloc(&dp_key_##name, sizeof(T), alignof(T)))
@@ -81,6 +82,30 @@ inline void st_relaxed_sys_v2(uint64_t* p, uint64_t first, uint64_t second) {
 }
 inline void fence_release_sys() { ::simt::fence(false, true, Scope::sys); }
 inline void fence_acquire_sys() { ::simt::fence(true, false, Scope::sys); }
+
+inline void mbarrier_init(uint64_t* barrier, uint32_t count) { ::simt::mbarrier_init(barrier, count); }
+inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  ::simt::mbarrier_arrive(barrier, bytes);
+}
+inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
+  return ::simt::mbarrier_try_wait(barrier, parity);
+}
+inline void bulk_load(void* to_shared, const void* from, uint32_t bytes, uint64_t* barrier) {
+  ::simt::bulk_load(to_shared, from, bytes, barrier);
+}
+inline void bulk_store(void* to, const void* from_shared, uint32_t bytes) {
+  ::simt::bulk_store(to, from_shared, bytes);
+}
+inline void bulk_commit_group() { ::simt::bulk_commit_group(); }
+template <int kPending>
+void bulk_wait_group() {
+  ::simt::bulk_wait_group(kPending, false);
+}
+template <int kPending>
+void bulk_wait_group_read() {
+  ::simt::bulk_wait_group(kPending, true);
+}
+inline void fence_proxy_async() { ::simt::fence_proxy_async(); }
 
 inline void spin_pause() { ::simt::spin_yield(); }
 inline uint64_t global_timer() { return ::simt::global_timer(); }

@@ -38,7 +38,7 @@ WorldConfig draw(uint32_t nodes, uint32_t ranks_per_node, uint32_t turn, uint64_
   config.ids_are_64_bit = random() % 2 == 0;
   config.in_place = random() % 2 == 0;
   config.layout.row = {.top_k = one_of<uint32_t>(random, {1, 2, 3, 8, 32}),
-                       .payload_bytes = one_of<uint32_t>(random, {16, 240, 512, 2064}),
+                       .payload_bytes = one_of<uint32_t>(random, {16, 240, 1280, 5136}),
                        .scale_bytes = one_of<uint32_t>(random, {0, 5, 8, 16, 36}),
                        .combine_bytes = one_of<uint32_t>(random, {16, 256, 1040})};
   config.layout.max_tokens = one_of<uint32_t>(random, {1, 7, 33, 70});

@@ -55,6 +55,7 @@ void dump_block(const Block* b) {
     if (r.arrived == 0) continue;
     fprintf(stderr, " bar%d %d/%d", i, r.arrived, r.expected ? r.expected : static_cast<int>(b->num_live));
   }
+  if (!b->async.queue.empty()) fprintf(stderr, " bulk copies %zu", b->async.queue.size());
   fprintf(stderr, "\n");
 }
 

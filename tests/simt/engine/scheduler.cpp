@@ -15,7 +15,7 @@ constexpr uint32_t kLoadsPerYield = 256;  // polling detector: yield at least th
 constexpr uint32_t kSpinsPerTurn = 64;
 
 uint32_t count_runnable(const Block* b) {
-  uint32_t n = 0;
+  uint32_t n = b->async.queue.empty() ? 0 : 1;
   for (uint32_t lanes : b->runnable) n += static_cast<uint32_t>(__builtin_popcount(lanes));
   return n;
 }
@@ -34,6 +34,8 @@ void fiber_main() {
       w->main_stack_bytes = bytes;
     }
   }
+
+  if (f == &b->async.fiber) async_proxy_main(b);
 
   hb_acquire(&b->launch->start);
   if (b->launch->previous_finished) hb_acquire(b->launch->previous_finished);
@@ -103,6 +105,7 @@ void prepare_block(Worker* w, Block* b) {
     }
     prepare_fiber(w, &f, name);
   }
+  prepare_fiber(w, &b->async.fiber, "async proxy");
 }
 
 int pick_runnable(Block* b, uint32_t start) {
@@ -139,11 +142,17 @@ void reschedule(Block* b, Fiber* me, Yield reason) {
       return;
     }
   }
+  const bool dying = me->state == FiberState::done;
+  Fiber* async = &b->async.fiber;
+  const bool async_turn = chaos ? w->random() % 4 == 0 : reason == Yield::spinning;
+  if (me != async && !b->async.queue.empty() && async_turn) {
+    switch_to(w, me, async, dying);
+    return;
+  }
   uint32_t start = b->next;
   if (reason == Yield::preempted || (chaos && w->random() % 8 == 0)) {
     start = static_cast<uint32_t>(w->random() % (b->num_warps * 32));
   }
-  const bool dying = me->state == FiberState::done;
   const int i = pick_runnable(b, start);
   if (i < 0) {
     switch_to(w, me, nullptr, dying);

@@ -83,6 +83,16 @@ void* shared_alloc(const void* key, size_t bytes, size_t align);
 void* dyn_shared();
 std::byte* shared_window();  // where the block's shared memory starts
 
+// Async proxy. Waits let others run; `most_pending` are the groups that may still be under way.
+void mbarrier_init(uint64_t* barrier, uint32_t count);
+void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes);
+bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity);
+void bulk_load(void* to_shared, const void* from, uint32_t bytes, uint64_t* barrier);
+void bulk_store(void* to, const void* from_shared, uint32_t bytes);
+void bulk_commit_group();
+void bulk_wait_group(uint32_t most_pending, bool read_only);
+void fence_proxy_async();
+
 // Memory order. The templates in engine/atomics.h are the callers.
 enum class Scope : uint8_t { cta, gpu, sys };
 void check_scope(const void* p, Scope scope);  // dies on a too narrow scope

@@ -5,9 +5,11 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <unordered_map>
 #include <vector>
 
 #include "engine/sanitizer_glue.h"
@@ -27,6 +29,16 @@ struct Launch;
 // ---- one CUDA thread ---------------------------------------------------------------------------
 
 enum class FiberState : uint8_t { fresh, runnable, waiting, done };
+
+// A thread's groups of bulk stores: how many of each have not read, or not written.
+struct BulkGroup {
+  int unread = 0, unwritten = 0;
+};
+struct BulkGroups {
+  uint32_t open = 0;
+  std::map<uint32_t, BulkGroup> pending;
+  SyncPoint all_read, all_written;
+};
 
 // Clocks for standalone fences, each held by a TSan fiber of its own (see memory_order.cpp).
 struct FenceClocks {
@@ -48,6 +60,7 @@ struct Fiber {
   const void* polled_address = nullptr;
   uint64_t polled_value = 0;
   uint32_t loads_since_yield = 0;
+  std::unique_ptr<BulkGroups> bulk;
   std::unique_ptr<FenceClocks> fences;
 };
 
@@ -80,6 +93,30 @@ struct NamedBarrier {
   std::vector<uint32_t> waiting;
 };
 
+// ---- async proxy (see async_copy.cpp) ----------------------------------------------------------
+
+struct MBarrier {
+  uint32_t count = 0, pending = 0, phase = 0;
+  int64_t expected_bytes = 0;
+  SyncPoint order[2] = {};
+};
+
+struct BulkCopy {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+  uint64_t* mbarrier = nullptr;  // null for stores, which complete through a group
+  uint32_t issuer = 0, group = 0;
+  std::vector<std::byte> read = {};  // what a store has read
+};
+
+struct AsyncProxy {
+  Fiber fiber;
+  std::deque<BulkCopy> queue;
+  std::unordered_map<uint64_t*, MBarrier> mbarriers;
+  SyncPoint fences;
+};
+
 // ---- blocks, launches, streams, workers --------------------------------------------------------
 
 struct SharedMemory {
@@ -98,6 +135,7 @@ struct Block {
   std::vector<uint32_t> runnable;  // per warp, one bit per lane
   NamedBarrier barriers[kNamedBarriers];
   SharedMemory shared;
+  AsyncProxy async;
   uint32_t next = 0;             // where the round robin goes on
   uint32_t spins = 0;            // yields by polling threads since something else happened
   uint32_t spins_this_turn = 0;  // since other blocks ran
@@ -194,6 +232,9 @@ void barriers_thread_exit(Block* b);
 void warps_thread_exit(Block* b, uint32_t thread);
 void destroy_fence_clocks(Fiber* f);
 void release_shared_memory(Block* b);
+
+// async_copy.cpp
+[[noreturn]] void async_proxy_main(Block* b);
 
 // diagnostics.cpp
 void dump_block(const Block* b);

@@ -60,13 +60,19 @@ Block* make_block(Launch* launch, uint64_t index) {
     b->runnable[i / 32] |= 1u << (i % 32);
   }
   for (NamedBarrier& barrier : b->barriers) barrier.waiting.reserve(b->num_threads);
+  b->async.fiber.self = b->fibers[0].self;
+  b->async.fiber.state = FiberState::runnable;
   return b;
 }
 
+template <class Action>
+void for_each_fiber(Block* b, Action action) {
+  for (Fiber& f : b->fibers) action(f);
+  action(b->async.fiber);
+}
+
 void delete_block(Block* b) {
-  if (g_tsan) {
-    for (Fiber& f : b->fibers) unmap_stack(f.stack, stack_bytes());
-  }
+  if (g_tsan) for_each_fiber(b, [](Fiber& f) { unmap_stack(f.stack, stack_bytes()); });
   release_shared_memory(b);
   delete b;
 }
@@ -93,13 +99,16 @@ void dispatch_locked(Stream* s) {
 // stacks and arenas would otherwise look like races between unrelated threads.
 void finish_block(Worker* w, Block* b) {
   Launch* launch = b->launch;
+  if (!b->async.queue.empty()) {
+    die("a block of %s ended with %zu bulk copies under way", launch->name, b->async.queue.size());
+  }
   if (g_tsan) {
-    for (Fiber& f : b->fibers) {
+    for_each_fiber(b, [](Fiber& f) {
       destroy_fence_clocks(&f);
       __tsan_destroy_fiber(f.tsan_fiber);
-    }
+    });
   } else {
-    for (Fiber& f : b->fibers) w->stack_pool.push_back(f.stack);
+    for_each_fiber(b, [w](Fiber& f) { w->stack_pool.push_back(f.stack); });
     delete_block(b);
   }
 
@@ -156,6 +165,8 @@ void run_round(Worker* w, IdleState* idle) {
     const int i = pick_runnable(b, b->next);
     if (i >= 0) {
       run_fiber(w, b, nullptr, static_cast<uint32_t>(i));
+    } else if (!b->async.queue.empty() && b->num_live) {
+      switch_to(w, nullptr, &b->async.fiber);
     } else if (b->num_live) {
       report_deadlock(b);
     }

@@ -37,6 +37,7 @@ class Form:
 
       d  destination register    a  register, number or variable    p  predicate, perhaps with `!`
       m  address                 v  vector to write                 s  vector to read
+      x  address in shared memory, where the opcode names several spaces
       l  label                   w  two destinations, `d|p`, or the first one only
       _  is none: a result that the function gives and nobody wants
       S  is none: the start of the block's shared memory
@@ -148,6 +149,16 @@ FORMS = [
     ),
     _form(rf"fence\.(?:sc|acq_rel){SCOPE}", "", "fence<acq_rel, Scope::{scope}>"),
     _form(rf"fence\.(?P<order>acquire|release){SCOPE}", "", "fence<{order}, Scope::{scope}>"),
+    # The SM's copy engine
+    _form(r"mbarrier\.init\.shared::cta\.b64", "x a", "mbarrier_init"),
+    _form(r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64", "d x a", "mbarrier_arrive_expect_tx"),
+    _form(r"mbarrier\.try_wait\.parity\.shared::cta\.b64", "d x a", "mbarrier_try_wait_parity"),
+    _form(r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier::complete_tx::bytes", "x m a x", "bulk_load"),
+    _form(r"cp\.async\.bulk\.global\.shared::cta\.bulk_group", "m x a", "bulk_store"),
+    _form(r"cp\.async\.bulk\.commit_group", "", "bulk_commit_group"),
+    _form(r"cp\.async\.bulk\.wait_group", "a", "bulk_wait_group"),
+    _form(r"cp\.async\.bulk\.wait_group\.read", "a", "bulk_wait_group_read"),
+    _form(r"fence\.proxy\.async", "", "fence_proxy_async"),
     # Threads
     _form(r"bra(?:\.uni)?", "l", "goto"),
     _form(r"ret|exit", "", "return"),

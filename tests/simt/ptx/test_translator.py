@@ -57,7 +57,7 @@ def _translate(instruction: str) -> str:
         "ld.param.u64 %rd2, [kernel_struct+20];",
         "ld.param.u32 %r1, [kernel_nothing];",
         "activemask.b32 %r1;",
-        "cp.async.bulk.commit_group;",
+        "cp.async.commit_group;",
         "call.uni frobnicate, ();",
         ".local .align 4 .b8 stack[16];",
         ".reg .b128 %q;",

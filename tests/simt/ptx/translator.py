@@ -143,7 +143,7 @@ class Translator:
         if len(taken) != len(operands):
             return False
         for kind, operand in zip(taken, operands, strict=True):
-            if kind not in {"{": "vs", "[": "m"}.get(operand[0], "dapwl"):
+            if kind not in {"{": "vs", "[": "mx"}.get(operand[0], "dapwl"):
                 return False
             elements = match.groupdict().get("elements")
             if kind in "vs" and elements and len(split_vector(operand)) != int(elements):
@@ -162,6 +162,8 @@ class Translator:
                 first.append("S")
             elif kind == "m":
                 first.append(self._pointer(next(remaining), groups))
+            elif kind == "x":
+                first.append(self._pointer(next(remaining), {**groups, "space": "shared"}))
             elif kind in "vs":
                 elements = split_vector(next(remaining))
                 last += [self._destination(e) if kind == "v" else self._value(e) for e in elements]

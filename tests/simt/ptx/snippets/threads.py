@@ -119,6 +119,47 @@ THREADS_TOGETHER = [
   ld.shared.u32 %d, [count];""",
         "b32", "", lambda _: [5 + 3 * THREADS] * THREADS,
     ),
+    # A thread's 16 bytes through shared memory and back, twice, so that both parities are seen
+    *(
+        _block(
+            f""".shared .align 16 .b8 pieces[4096];
+  .shared .align 8 .b8 arrived[2048];
+  .reg .b32 %piece, %barrier, %parity;
+  .reg .b64 %global;
+  .reg .pred %p;
+  mov.u32 %piece, pieces;
+  mad.lo.s32 %piece, %t, 16, %piece;
+  mov.u32 %barrier, arrived;
+  mad.lo.s32 %barrier, %t, 8, %barrier;
+  mbarrier.init.shared::cta.b64 [%barrier], 1;
+  add.s64 %global, %out, 16;
+  mov.b32 %parity, 0;
+$round:
+  st.global.u64 [%global], %a;
+  st.global.u64 [%global+8], %b;
+  fence.proxy.async;
+  mbarrier.arrive.expect_tx.shared::cta.b64 _, [%barrier], 16;
+  cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%piece], [%global], 16, [%barrier];
+$again:
+  mbarrier.try_wait.parity.shared::cta.b64 %p, [%barrier], %parity;
+  @!%p bra $again;
+  ld.shared.u64 %d, [%piece];
+  add.s64 %a, %a, %b;
+  st.shared.u64 [%piece], %a;
+  fence.proxy.async;
+  cp.async.bulk.global.shared::cta.bulk_group [%global], [%piece], 16;
+  cp.async.bulk.commit_group;
+  cp.async.bulk.wait_group{read} 0;
+  {whole}
+  ld.global.u64 %f, [%global];
+  xor.b32 %parity, %parity, 1;
+  setp.ne.b32 %p, %parity, 0;
+  @%p bra $round;""",
+            "b64 b64", "b64 b64",
+            lambda rows: [((x + y) % (1 << 64), (x + 2 * y) % (1 << 64)) for x, y in rows],
+        )
+        for read, whole in (("", ""), (".read", "cp.async.bulk.wait_group 0;"))
+    ),
 ]  # fmt: skip
 
 
