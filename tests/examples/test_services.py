@@ -43,6 +43,13 @@ def test_no_service_takes_a_name_that_an_operator_needs() -> None:
     assert not sets & SERVICES.keys()
 
 
+def test_services_put_nothing_into_the_environment_of_pods() -> None:
+    """A service named ``efa-ep`` would give them EFA_EP_PORT, which is no setting: no rank would start."""
+    pods = list(templates(ITEMS))
+    assert len(pods) >= 7
+    assert all(pod["spec"]["enableServiceLinks"] is False for pod in pods)
+
+
 def test_every_address_in_a_command_is_a_services() -> None:
     """At a port that it has."""
     commands = [
