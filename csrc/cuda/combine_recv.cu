@@ -1,8 +1,8 @@
 // combine_recv, in two kernels. sum makes the node's sums for the sources of the own rail and sends them; it
 // waits for ranks of the own node only, which have sent their results before they wait for anybody. gather
 // waits for what the own tokens' nodes send, and writes the output.
-#include "cuda/rows.cuh"
 #include "cuda/submit.cuh"
+#include "cuda/sums.cuh"
 #include "cuda/tiles.cuh"
 
 namespace efa_ep::cuda {
@@ -66,7 +66,7 @@ DP_DEVICE const std::byte* results_for_rail(const Context& at, uint32_t node, ui
 
 template <ScalarType kType>
 DP_DEVICE void sum_for_node(const Context& at, uint32_t node, uint32_t row, const std::byte* const* results,
-                            RowList& terms) {
+                            StagedReads<SumStages>& reads, RowList& terms) {
   const DeviceState& device = at.device;
   const uint32_t owners = device.ranks_per_node();
   const uint32_t slot = Topology::slot_of(device.node, node);
@@ -76,7 +76,7 @@ DP_DEVICE void sum_for_node(const Context& at, uint32_t node, uint32_t row, cons
                  owners, results + slot * owners, device.combine_row, row, terms);
   std::byte* out = at.arena() + at.channel.outgoing[static_cast<uint32_t>(Operation::kCombine)] +
                    (staged + row) * device.combine_row;
-  sum_rows<kType>(out, terms, count, static_cast<uint32_t>(device.combine_row));
+  sum_rows<kType>(reads, out, terms, count, static_cast<uint32_t>(device.combine_row));
   __syncwarp();
   if (lane_id() == 0) row_is_ready(at, Operation::kCombine, node, at.channel.slot_rows[slot], row, staged);
 }
@@ -108,6 +108,7 @@ template <ScalarType kType>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     sum_rail(const DeviceState* __restrict__ state, uint32_t channel) {
   DP_SHARED_ARRAY(RowList, terms, kWarps);
+  DP_SHARED_ARRAY(SumStages, stages, kWarps);
   DP_SHARED_ARRAY(const std::byte*, results, kMaxRanks);
   const Context at = context_of(state, channel);
   const DeviceState& device = at.device;
@@ -124,13 +125,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     submit_empty(at, Operation::kCombine,
                  [&](uint32_t node) { return at.channel.slot_rows[Topology::slot_of(device.node, node)]; });
   }
+  StagedReads reads(stages[warp_id()]);
   // Starting behind the own node, as everywhere.
   uint32_t row = warp_in_grid();
   for (uint32_t step = 1; step < device.nodes; ++step) {
     const uint32_t node = (device.node + step) % device.nodes;
     const uint32_t rows = at.channel.slot_rows[Topology::slot_of(device.node, node)];
     for (; row < rows; row += warps_in_grid()) {
-      sum_for_node<kType>(at, node, row, results, terms[warp_id()]);
+      sum_for_node<kType>(at, node, row, results, reads, terms[warp_id()]);
       __syncwarp();
     }
     row -= rows;
@@ -141,6 +143,7 @@ template <ScalarType kType>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     gather_tokens(const DeviceState* __restrict__ state, uint32_t channel, std::byte* out) {
   DP_SHARED_ARRAY(RowList, terms, kWarps);
+  DP_SHARED_ARRAY(SumStages, stages, kWarps);
   DP_SHARED_ARRAY(const std::byte*, answers, kMaxRanks);
   const Context at = context_of(state, channel);
   const DeviceState& device = at.device;
@@ -153,10 +156,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   // The next round's rows take the place of those that this round's writes came from.
   if (threadIdx.x == 0 && ready) ready = wait_until_sent(at, Operation::kDispatch);
   if (!__syncthreads_and(ready)) return;
+  StagedReads reads(stages[warp_id()]);
   for (uint32_t token = warp_in_grid(); token < at.counters().tokens; token += warps_in_grid()) {
     const uint32_t count = list_terms(at.channel.sent, device.token_tiles, device.destinations(), answers,
                                       device.combine_row, token, terms[warp_id()]);
-    sum_rows<kType>(out + token * device.combine_row, terms[warp_id()], count,
+    sum_rows<kType>(reads, out + token * device.combine_row, terms[warp_id()], count,
                     static_cast<uint32_t>(device.combine_row));
     __syncwarp();
   }

@@ -1,8 +1,8 @@
 // combine_send, in one kernel: every received row gets one result, the sum over this rank's experts, and
 // whoever needs it is told: the network if there is one rank per node, else the rank of the node that shares
 // the source's rail.
-#include "cuda/rows.cuh"
 #include "cuda/submit.cuh"
+#include "cuda/sums.cuh"
 #include "cuda/tiles.cuh"
 
 namespace efa_ep::cuda {
@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     reduce_rows(const DeviceState* __restrict__ state, uint32_t channel, bool per_expert,
                 const CombineInput input) {
   DP_SHARED_ARRAY(RowList, terms, kWarps);
+  DP_SHARED_ARRAY(SumStages, stages, kWarps);
   const Context at = context_of(state, channel);
   const DeviceState& device = at.device;
   const bool to_network = device.ranks_per_node() == 1 && device.nodes > 1;
@@ -91,11 +92,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         return at.channel.first_row[node + 1] - at.channel.first_row[node];
       });
     }
+    StagedReads reads(stages[warp_id()]);
     for (uint32_t row = warp_in_grid(); row < at.counters().received; row += warps_in_grid()) {
       const uint32_t count = list_results(at, input, per_expert, row, terms[warp_id()]);
       __syncwarp();
       std::byte* result = at.arena() + at.channel.results + row * device.combine_row;
-      sum_rows<kType>(result, terms[warp_id()], count, static_cast<uint32_t>(device.combine_row));
+      sum_rows<kType>(reads, result, terms[warp_id()], count, static_cast<uint32_t>(device.combine_row));
       __syncwarp();
       if (to_network && lane_id() == 0) send_row(at, row);
     }

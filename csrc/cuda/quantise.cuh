@@ -1,6 +1,7 @@
 // Block-wise quantisation of bf16 rows to fp8 e4m3, on the way into their rows.
 #pragma once
 
+#include "cuda/numbers.cuh"
 #include "cuda/rows.cuh"
 
 namespace efa_ep::cuda {

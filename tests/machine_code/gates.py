@@ -16,17 +16,22 @@ MOST_REGISTERS = 64
 PAYLOAD = {
     "stage_tokens": ("copy_vectors", "quantise_row"),
     "pack_rows": ("copy_vectors",),
-    "reduce_rows": ("sum_rows",),
-    "sum_rail": ("sum_rows",),
-    "gather_tokens": ("sum_rows",),
+    "reduce_rows": ("sum_rows", "sum_terms"),
+    "sum_rail": ("sum_rows", "sum_terms"),
+    "gather_tokens": ("sum_rows", "sum_terms"),
 }
 _GLOBAL = re.compile(r"(LDG?|STG?|ATOM\w*|RED\w*)(\..*)?")
 _LOAD = re.compile(r"LDG?\..*\.128(\..*)?")
 _STORE = re.compile(r"STG?\..*\.128(\..*)?")
-# Where the SM's copy engine moves payloads, on GPUs that have it: global to shared memory, and back
-IN_BULK = {"pack_rows"}
+# What the SM's copy engine does where there is one: reads rows into shared memory, and copies them from there
 _BULK_LOAD = "UBLKCP.S.G"
 _BULK_STORE = "UBLKCP.G.S"
+IN_BULK = {
+    "pack_rows": {_BULK_LOAD, _BULK_STORE},
+    "reduce_rows": {_BULK_LOAD},
+    "sum_rail": {_BULK_LOAD},
+    "gather_tokens": {_BULK_LOAD},
+}
 _SCALE = re.compile(r"\bscales\)?\[")
 
 # System-scope releases make an SM wait for all its writes, so each is listed: one in submit(), which hands
@@ -53,7 +58,7 @@ def no_local_memory(kernel: str, code: list[Instruction]) -> None:
 
 def sixteen_bytes_at_a_time(kernel: str, code: list[Instruction]) -> None:
     """The loops over a row's payload touch global memory 16 bytes at a time, and in no other way."""
-    if kernel not in PAYLOAD or any(i.name == _BULK_LOAD for i in code):
+    if kernel not in PAYLOAD:
         return
     loops = [i for i in code if any(i.is_from(function) for function in PAYLOAD[kernel])]
     accesses = [i for i in loops if _GLOBAL.fullmatch(i.name)]
@@ -61,16 +66,18 @@ def sixteen_bytes_at_a_time(kernel: str, code: list[Instruction]) -> None:
     payload = [i.name for i in accesses if not any(_SCALE.search(place.text) for place in i.places)]
     narrow = {name for name in payload if not (_LOAD.fullmatch(name) or _STORE.fullmatch(name))}
     assert not narrow, f"{kernel}: {narrow}"
-    assert any(_LOAD.fullmatch(name) for name in payload), kernel
-    assert any(_STORE.fullmatch(name) for name in payload), kernel
+    bulk = [i.name for i in code]
+    assert _BULK_LOAD in bulk or any(_LOAD.fullmatch(name) for name in payload), kernel
+    assert _BULK_STORE in bulk or any(_STORE.fullmatch(name) for name in payload), kernel
 
 
 def in_bulk_where_listed(kernel: str, code: list[Instruction]) -> None:
-    """Copies of received payloads take no registers. For targets with a copy engine: from sm_90 on."""
+    """What is under way takes no registers. For targets with a copy engine: from sm_90 on."""
     bulk = {i.name for i in code if i.name.startswith("UBLKCP")}
-    assert bulk == ({_BULK_LOAD, _BULK_STORE} if kernel in IN_BULK else set()), kernel
+    assert bulk == IN_BULK.get(kernel, set()), kernel
     if kernel in IN_BULK:
-        assert not [i for i in code if i.is_from("copy_vectors")], kernel
+        payload = [i for i in code if i.is_from("copy_vectors") or i.is_from("sum_terms")]
+        assert not [i.name for i in payload if _LOAD.fullmatch(i.name)], kernel
 
 
 def releases_where_listed(kernel: str, code: list[Instruction]) -> None:

@@ -30,21 +30,26 @@ NARROW = [
         "dispatch_send.cu",
     ),
     Fault(
-        "rows.cuh",
-        "dp::st_na(out + at, pack<kType>(total));",
+        "sums.cuh",
+        "if (!copy && is_in_row) dp::st_na(out + at, pack<kType>(total));",
         "const uint4 sum = pack<kType>(total); auto* words = reinterpret_cast<volatile uint32_t*>(out + at);"
         " words[0] = sum.x; words[1] = sum.y; words[2] = sum.z; words[3] = sum.w;",
         "combine_send.cu",
     ),
 ]
-# Payloads pass through registers where there is a copy engine, or leave the engine's stages through them
+# Payloads leave the copy engine's stages through registers, or terms are read beside them
 THROUGH_REGISTERS = [
-    Fault("payloads.cuh", "#if DP_BULK_COPIES", "#if !DP_BULK_COPIES", "dispatch_recv.cu"),
     Fault(
         "payloads.cuh",
-        "dp::bulk_store(to.row[i] + offset, stages_.piece[stage], piece_bytes(offset));",
-        "dp::st_na(to.row[i] + offset, dp::ld_na(stages_.piece[stage]));",
+        "dp::bulk_store(to.row[i] + offset, piece, bytes);",
+        "dp::st_na(to.row[i] + offset, dp::ld_na(piece));",
         "dispatch_recv.cu",
+    ),
+    Fault(
+        "sums.cuh",
+        "vector = reinterpret_cast<const uint4*>(piece)[lane_id()];",
+        "vector = dp::ld_na(terms.row[term] + at);",
+        "combine_recv.cu",
     ),
 ]
 # A release per row, a second one per chunk, one for every flag of a list that one would do for, and none
@@ -70,11 +75,15 @@ RELEASES = [
 # An acquire that is a release as well
 ACQUIRE = Fault("device_primitives.cuh", "fence.acquire.sys;", "fence.acq_rel.sys;", "combine_recv.cu")
 # Room for fewer blocks: the compiler takes more registers.
-REGISTERS = Fault("kernel.cuh", "kBlocksPerSm = 4;", "kBlocksPerSm = 1;", "combine_send.cu")
+REGISTERS = Fault("kernel.cuh", "kBlocksPerSm = 4;", "kBlocksPerSm = 1;", "combine_recv.cu")
+SUM = (
+    "      sum_rows<kType>(reads, result, terms[warp_id()], count,"
+    " static_cast<uint32_t>(device.combine_row));\n"
+)
 # A row's numbers are kept for later in more registers than there are: ptxas spills.
 SPILL = Fault(
     "combine_send.cu",
-    "      sum_rows<kType>(result, terms[warp_id()], count, static_cast<uint32_t>(device.combine_row));\n",
+    SUM,
     "      uint4 kept[32];\n"
     "#pragma unroll\n"
     "      for (uint32_t i = 0; i < 32; ++i) kept[i] = dp::ld_na(terms[warp_id()].row[0] + 16 * i);\n"
@@ -86,10 +95,10 @@ SPILL = Fault(
 # An array whose index the compiler does not know
 LOCAL = Fault(
     "combine_send.cu",
-    "      sum_rows<kType>(result, terms[warp_id()], count, static_cast<uint32_t>(device.combine_row));\n",
+    SUM,
     "      uint32_t places[8];\n"
     "      for (uint32_t i = 0; i < 8; ++i) places[(i * count) % 8] = row + i;\n"
-    "      sum_rows<kType>(result, terms[warp_id()], places[count % 8], places[row % 8]);\n",
+    "      sum_rows<kType>(reads, result, terms[warp_id()], places[count % 8], places[row % 8]);\n",
     "combine_send.cu",
 )
 

@@ -62,6 +62,11 @@ std::byte* shared_window() {
   return arena(current_block());
 }
 
+bool is_shared(const void* p) {
+  const std::byte* window = shared_window();
+  return p >= window && p < window + kArenaBytes;
+}
+
 void release_shared_memory(Block* b) {
   if (g_asan && b->shared.arena) __asan_unpoison_memory_region(b->shared.arena.get(), kArenaBytes);
   b->shared.arena.reset();

@@ -82,6 +82,7 @@ void warp_sync(uint32_t mask);  // __syncwarp: rendezvous with memory ordering
 void* shared_alloc(const void* key, size_t bytes, size_t align);
 void* dyn_shared();
 std::byte* shared_window();  // where the block's shared memory starts
+bool is_shared(const void* p);
 
 // Async proxy. Waits let others run; `most_pending` are the groups that may still be under way.
 void mbarrier_init(uint64_t* barrier, uint32_t count);
@@ -107,12 +108,13 @@ inline void check_align(const void* p, size_t align) {
   }
 }
 
-// 16-byte accesses, for tests that count bytes. The observer is called by several threads at once.
+// 16-byte accesses to global memory, for tests that count bytes. The observer is called by several threads at
+// once.
 using VectorObserver = void (*)(const void* p, bool write);
 extern VectorObserver g_vector_observer;
 inline void note_vector(const void* p, bool write) {
   check_align(p, 16);
-  if (__builtin_expect(g_vector_observer != nullptr, 0)) g_vector_observer(p, write);
+  if (__builtin_expect(g_vector_observer != nullptr, 0) && !is_shared(p)) g_vector_observer(p, write);
 }
 
 // ------------------------------------------------------------------------------------------------
