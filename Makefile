@@ -193,10 +193,10 @@ test-serving: test-cpp
 # The tools that validate examples/ have an environment of their own, with nothing of vLLM's.
 EXAMPLE_TOOLS := $(BUILD)/example-tools
 $(EXAMPLE_TOOLS)/.installed: tests/examples/requirements.txt | $(BUILD)/.system
-	@echo "== tools for examples/ in $(EXAMPLE_TOOLS) (about 60 MB to download)"
+	@echo "== tools for examples/ in $(EXAMPLE_TOOLS) (about 80 MB to download)"
 	@$(PYTHON) -m venv $(EXAMPLE_TOOLS)
 	@$(EXAMPLE_TOOLS)/bin/pip install -q --disable-pip-version-check -r $<
-	@$(EXAMPLE_TOOLS)/bin/pip install -q --disable-pip-version-check --no-deps aws-parallelcluster==3.16.1
+	@$(EXAMPLE_TOOLS)/bin/pip install -q --disable-pip-version-check --no-deps aws-parallelcluster==3.16.1 vllm-router==0.1.17
 	@touch $@
 
 test-examples: setup $(EXAMPLE_TOOLS)/.installed

@@ -58,7 +58,10 @@ def command_line() -> Iterator[str]:
     top = parser()
     yield "# Command line"
     yield ""
-    yield f"{top.description} The exit status is 0, or 2 with one line on standard error."
+    yield (
+        f"{top.description} The exit status is 0; 1 if `doctor` found something that will not work; or 2, "
+        "with one line on standard error."
+    )
     for name, command in commands_of(top):
         yield from ("", f"## {top.prog} {name}", "", sentence(command.description), "")
         yield from ("```text", command.format_usage().strip(), "```", "")

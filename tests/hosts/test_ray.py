@@ -90,12 +90,14 @@ def bench_on(cluster: RayCluster, tmp_path: Path, *options: str) -> "subprocess.
 def test_a_benchmark_on_hosts(cluster: RayCluster, tmp_path: Path) -> None:
     """One rank per host is measured over the network between them; a rank's error ends the command."""
     count = len(cluster.hosts)
-    measured = bench_on(cluster, tmp_path, "--ranks", str(count), "--against", "ordinary-tensors")
+    measured = bench_on(
+        cluster, tmp_path, "--ranks", str(count), "--against", "ordinary-tensors,gloo-agrs,gloo-a2a"
+    )
     assert measured.returncode == 0, measured.stderr
     (result,) = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert (result["cell"]["world"], result["start"]) == (count, 0)
     assert result["barrier"] == "bootstrap"
-    assert list(result["contestants"]) == ["ours", "ours_elsewhere"]
+    assert list(result["contestants"]) == ["ours", "ours_elsewhere", "gloo_allgather", "gloo_alltoall"]
     ours = result["contestants"]["ours"]
     assert len(ours["rounds_us"]) == 2
     assert ours["per_round"]["bytes_written"] >= result["wire_floor_bytes"] > 0

@@ -117,6 +117,12 @@ def flat_bus(machine: Machine) -> None:
         link.symlink_to(flat)
 
 
+def empty_secret(machine: Machine) -> None:
+    """Forget to fill the file of the run's secret."""
+    machine.write("/run/efa-ep/token", "")
+    machine.environment.update(EFA_EP_TOKEN_FILE="/run/efa-ep/token")
+
+
 def no_module(machine: Machine, name: str) -> None:
     """Unload a kernel module."""
     machine.remove(f"/sys/module/{name}/version")
@@ -355,6 +361,20 @@ TROUBLES = [
         "settings",
         FAILED,
         "EFA_EP_TIMEOUT",
+    ),
+    Trouble(
+        "no secret where it should be",
+        lambda m: m.environment.update(EFA_EP_TOKEN_FILE="/run/efa-ep/token"),
+        "settings",
+        FAILED,
+        "run/efa-ep/token: No such file or directory",
+    ),
+    Trouble(
+        "an empty secret",
+        empty_secret,
+        "settings",
+        FAILED,
+        "holds 0 bytes",
     ),
     Trouble("no vLLM", lambda m: vllm(m, version=None), "vllm", WARNING, "not installed"),
     Trouble(

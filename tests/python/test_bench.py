@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from bench_documents import document
 from process_world import Rank, run_processes
-from thread_world import run_ranks
+from thread_world import DEADLINE_S, run_ranks
 
 from vllm_efa_ep.bench import results
 from vllm_efa_ep.bench.compare import caveats, compare
@@ -26,6 +26,7 @@ from vllm_efa_ep.bench.member import measure_with
 from vllm_efa_ep.bench.plan import Plan
 from vllm_efa_ep.bench.problem import Cell, Problem, WrongResultError
 from vllm_efa_ep.bench.report import report
+from vllm_efa_ep.bootstrap.store import StoreBootstrap
 from vllm_efa_ep.cli import main
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError
@@ -107,7 +108,6 @@ def test_an_impossible_plan_is_refused(change: dict[str, object], words: str) ->
 @pytest.mark.parametrize(
     ("options", "environment", "words"),
     [
-        (["--against", "gloo-a2a"], {}, "no process group"),
         (["--against", "ordinary-tensors,mpi"], {}, "mpi cannot be measured with --ray"),
         ([], {"RANK": "0", "WORLD_SIZE": "2"}, "leave out --ray"),
     ],
@@ -171,15 +171,29 @@ def test_a_run_under_mpirun() -> None:
 
 
 def test_a_run_over_any_bootstrap() -> None:
-    """Ranks that something else has started and connected, such as Ray, need no process group."""
+    """Ranks that something else has started and connected, such as Ray."""
     plan = replace(PLAN, tokens=(2,))
     first, second = run_ranks(2, lambda bootstrap: measure_with(bootstrap, plan.to_json()))
     assert [each["cell"]["dtype"] for each in first] == ["bf16", "fp8"]
     assert second == []
-    with pytest.raises(ConfigurationError, match="process group"):
-        run_ranks(
-            2, lambda bootstrap: measure_with(bootstrap, replace(plan, against=("gloo-a2a",)).to_json())
-        )
+
+
+def _measure_without_a_group(rank: Rank, plan_json: str) -> list[str]:
+    """As Ray's ranks do: connected, but not by torch.distributed."""
+    given = rank.bootstrap
+    store = dist.distributed_c10d._get_default_store()
+    bootstrap = StoreBootstrap(store, given.run, given.rank, given.world_size, DEADLINE_S)
+    dist.destroy_process_group()
+    found = measure_with(bootstrap, plan_json)
+    assert not dist.is_initialized()
+    return [name for each in found for name in each["contestants"]]
+
+
+def test_a_run_over_any_bootstrap_has_contestants_on_gloo() -> None:
+    """They get a process group of their own, which is gone afterwards."""
+    plan = replace(PLAN, tokens=(2,), dtypes=("bf16",), against=("gloo-agrs", "gloo-a2a"))
+    names = ["ours", "gloo_allgather", "gloo_alltoall"]
+    assert run_processes(2, _measure_without_a_group, plan.to_json()) == [names, []]
 
 
 def test_a_machine_with_gpus_measures_the_tensors_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,24 @@ def test_ranks_that_do_not_come_are_named_in_time() -> None:
     _run(test)
 
 
+def test_whoever_looks_at_the_log_sees_for_whom_ranks_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again and again, until it comes."""
+    monkeypatch.setattr(coordinator_module, "_REMIND_S", 0.001)
+
+    async def test() -> None:
+        said: asyncio.Queue[str] = asyncio.Queue()
+        monkeypatch.setattr(
+            coordinator_module.logger, "warning", lambda text, *values: said.put_nowait(text % values)
+        )
+        coordinator = _coordinator(2)
+        waiting = asyncio.ensure_future(coordinator.gather(_ticket(0), 0, b"", _LONG_S))
+        for _ in range(3):
+            assert await said.get() == f"EFA EP: run {_RUN.name} waits for ranks [1]"
+        assert await coordinator.gather(_ticket(1), 0, b"", _LONG_S) == await waiting
+
+    _run(test)
+
+
 def test_a_rank_that_leaves_or_is_gone_ends_the_wait_for_it() -> None:
     """Long before the deadline."""
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -110,13 +111,23 @@ def test_every_page_is_on_the_site(site: Path) -> None:
 def test_the_python_reference_is_complete(site: Path) -> None:
     """Every public name and every error, with what it documents."""
     reference = Page(site / "reference" / "python" / "index.html")
-    names = [*vllm_efa_ep.__all__, "TorchBootstrap", "ExpertTransfer", "plan_moves"]
+    shown = shown_in_pages()
+    assert {"TorchBootstrap", "run_on_ray"} <= shown
+    names = [*vllm_efa_ep.__all__, *shown, "RayBootstrap", "ExpertTransfer", "plan_moves"]
     names += [name for name, each in vars(errors).items() if isinstance(each, type)]
     ends = {anchor.rpartition(".")[2] for anchor in reference.anchors}
     assert not set(names) - ends
     for method in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv", "drain", "close"):
         assert f"vllm_efa_ep.all_to_all.AllToAll.{method}" in reference.anchors
     assert "Too many tokens, an id out of range" in reference.text
+
+
+def shown_in_pages() -> set[str]:
+    """Return what the pages' own Python code imports of this package."""
+    text = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    blocks = "".join(re.findall(r"^```python.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    lines = re.findall(r"^from vllm_efa_ep[\w.]* import (.+)$", blocks, re.MULTILINE)
+    return {name.strip() for line in lines for name in line.split(",")}
 
 
 def options_of(command: argparse.ArgumentParser) -> set[str]:

@@ -48,6 +48,9 @@ def test_two_nodes_of_this_machine_are_told_the_truth(tmp_path: Path) -> None:
                 node.kill()
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert outputs[1][0] == ""  # node 0 speaks for all
+    for _, log in outputs:
+        assert f"checking that all 2 nodes meet at 127.0.0.1:{port}\n" in log
+        assert all(f"checking {check.name}\n" in log for check in CHECKS)
     report: dict[str, Any] = json.loads(outputs[0][0])
     assert report["status"] == "warning"
     for node in report["nodes"]:

@@ -122,6 +122,7 @@ def test_mixed_versions_are_named(tmp_path: Path) -> None:
         if number == 1:
             machine.write("/sys/module/efa/version", "2.17.3g")
             machine.finds("vllm", version="0.32.0", plugin=True, problems=[])
+        machine.environment["EFA_EP_INTERFACE"] = f"eth{len(nodes)}"  # a host's own affair
         nodes.append(examine(machine.system, CHECKS))
     finding = judge_agreement(nodes, HOSTS[:3])
     assert finding.status is Status.FAILED

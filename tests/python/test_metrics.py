@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from thread_world import DEADLINE_S, run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, _core
+from vllm_efa_ep.cli import main
 from vllm_efa_ep.metrics.collector import RankCollector
 from vllm_efa_ep.metrics.registry import METRICS, NIC_METRICS, RANK_METRICS, metrics_markdown
 from vllm_efa_ep.metrics.snapshot import SnapshotWriter
@@ -147,11 +148,13 @@ def make_device(root: Path, name: str, driver: str, counters: dict[str, int]) ->
 
 
 def test_hardware_counters_of_efa_devices_only(tmp_path: Path) -> None:
-    """Those that the driver has; a driver without a counter is no error, and other NICs are not ours."""
+    """Those that can be read: one that the driver lacks or refuses is no error. Other NICs are not ours."""
     every = {metric.source: 100 + place for place, metric in enumerate(NIC_METRICS)}
     make_device(tmp_path, "rdmap0s6", "efa", every)
     make_device(tmp_path, "rdmap1s6", "efa", {"retrans_pkts": 5})
     make_device(tmp_path, "mlx5_0", "mlx5_core", every)
+    unreadable = tmp_path / "rdmap1s6" / "ports" / "1" / "hw_counters" / "rx_drops"
+    unreadable.mkdir()  # reading it is an error, for root too
     samples = scrape(tmp_path / "no snapshots", tmp_path)
     first = frozenset({("device", "rdmap0s6"), ("port", "1")})
     for place, metric in enumerate(NIC_METRICS):
@@ -199,3 +202,12 @@ def test_the_exporter_for_nodes_without_an_api_server(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_exporter_names_the_extra_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, like every error of the command."""
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    assert main(["metrics", "--port", "0"]) == 2
+    assert "vllm-efa-ep[metrics]" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 """The benchmark's report as a reader sees it: every plot drawn, nothing loaded, nothing complained about."""
 
+import runpy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from thread_world import until
 from vllm_efa_ep.bench.problem import Cell
 from vllm_efa_ep.bench.report import write_report
 
+SCREENSHOTS = Path(__file__).parents[2] / "docs" / "screenshots.py"
 PLOTS = {"latency-tokens", "latency-world", "breakdown", "work-requests", "wire-bytes"}
 CELLS = [
     Cell(world, 1, hidden, "bf16", tokens, experts=16)
@@ -71,6 +74,22 @@ def test_it_fits_a_narrow_window(page: Chrome) -> None:
     assert page.execute_script(
         "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
     )
+
+
+def test_screenshots_are_made_by_a_script(page: Chrome, tmp_path: Path) -> None:
+    """Of each plot, and of the whole page, which is higher than any of them."""
+    report = unquote(urlsplit(page.current_url).path)
+    runpy.run_path(str(SCREENSHOTS))["main"]([report, str(tmp_path)])
+    heights = {path.stem: height_of(path) for path in tmp_path.glob("*.png")}
+    assert set(heights) == PLOTS | {"report"}
+    assert all(150 < height < heights["report"] for name, height in heights.items() if name != "report")
+
+
+def height_of(picture: Path) -> int:
+    """Return the height of a PNG, which stands in its header."""
+    header = picture.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG\r\n")
+    return int.from_bytes(header[20:24], "big")
 
 
 def test_the_oracle_of_this_file_sees_broken_pages(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A torch process group takes whoever comes; who comes without the run's secret stays outside of the run."""
 
+import logging
 import os
 import pickle
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from process_world import ProcessWorld, Rank, run_processes
 
 from vllm_efa_ep.bootstrap.choice import choose_bootstrap
 from vllm_efa_ep.bootstrap.run import read_secret
-from vllm_efa_ep.bootstrap.torch import TorchBootstrap
+from vllm_efa_ep.bootstrap.torch import TorchBootstrap, _warn_of_no_secret
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError
 
@@ -57,6 +58,29 @@ def test_members_with_one_secret_meet(secrets: list[str]) -> None:
     assert told == [["0", "1", "2"]] * 4
     assert len(set(names)) == 2
     assert len(set(tokens)) == 3
+
+
+def _join_twice_and_listen(_: Rank, secret: str) -> list[str]:
+    """What this process logs meanwhile, as if it had joined nothing before."""
+    logged: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append(record.getMessage())
+
+    _warn_of_no_secret.cache_clear()
+    logging.getLogger("vllm_efa_ep.bootstrap").addHandler(Listener())
+    for _ in range(2):
+        _join(secret)
+    return logged
+
+
+def test_a_run_without_a_secret_says_so_once(secrets: list[str]) -> None:
+    """One rank, one time, however many instances it builds: the log of a cluster shall say who may join."""
+    (line,), *others = run_processes(_SIZE, _join_twice_and_listen, "")
+    assert "whoever gets into torch's process group is a member" in line
+    assert others == [[], []]
+    assert run_processes(_SIZE, _join_twice_and_listen, secrets[0]) == [[], [], []]
 
 
 def _say(said: bytes) -> list[bytes]:

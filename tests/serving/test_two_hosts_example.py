@@ -33,6 +33,7 @@ def test_two_hosts_serve(tmp_path: Path) -> None:
     assert status == 0, text
     assert "answer: [" in text
     assert "the ranks meet over RayBootstrap" in text
+    assert "the run has no secret" not in text
     for rank in range(2):
         assert f"rank {rank}: " in text
     assert ": 0 rows" not in text

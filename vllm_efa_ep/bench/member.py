@@ -15,6 +15,7 @@ from vllm_efa_ep.bench.contestants.contestant import Workplace
 from vllm_efa_ep.bench.measure import compete, memory_shortage
 from vllm_efa_ep.bench.plan import Plan
 from vllm_efa_ep.bench.problem import Problem
+from vllm_efa_ep.bench.process_groups import process_groups
 from vllm_efa_ep.bench.results import CellResult, entry
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.torch import TorchBootstrap
@@ -59,7 +60,7 @@ def measure_with_torch(plan: Plan, report: Report) -> None:
 
 
 def measure_with(bootstrap: Bootstrap, plan_json: str) -> list[CellResult]:
-    """Measure between ranks that ``bootstrap`` connects, without the contestants that need more than it.
+    """Measure between ranks that ``bootstrap`` connects, without MPI.
 
     Args:
         bootstrap: Any; what a launcher such as ``run_on_ray`` gives each rank.
@@ -73,7 +74,8 @@ def measure_with(bootstrap: Bootstrap, plan_json: str) -> list[CellResult]:
     plan = Plan.from_json(plan_json)
     plan.check_here()
     found: list[CellResult] = []
-    measure(plan, Workplace(bootstrap, settings_of(plan)), found.append)
+    with process_groups(bootstrap, plan.backends) as groups:
+        measure(plan, Workplace(bootstrap, settings_of(plan), groups), found.append)
     return found
 
 

@@ -16,7 +16,6 @@ from vllm_efa_ep.bench.problem import FORMATS, Cell
 from vllm_efa_ep.errors import ConfigurationError
 
 OPPONENTS = ("ordinary-tensors", "gloo-agrs", "gloo-a2a", "nccl-agrs", "nccl-a2a", "mpi")
-ON_ANY_BOOTSTRAP = ("ordinary-tensors",)
 DEVICES = ("cpu", "cuda")
 # What these move is in the memory of one device only.
 _ONLY_ON = {"gloo-agrs": "cpu", "gloo-a2a": "cpu", "mpi": "cpu", "nccl-agrs": "cuda", "nccl-a2a": "cuda"}
@@ -61,14 +60,20 @@ class Plan:
         """Whether the ranks must be mpirun's."""
         return "mpi" in self.against
 
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Backends of torch.distributed that the contestants need a process group of."""
+        return tuple(
+            name for name in ("gloo", "nccl") if any(each.startswith(f"{name}-") for each in self.against)
+        )
+
     def check_for_ray(self) -> None:
-        """Raise ``ConfigurationError`` for contestants that ranks on Ray cannot have."""
-        for name in self.against:
-            if name not in ON_ANY_BOOTSTRAP:
-                raise ConfigurationError(
-                    f"--against {name} cannot be measured with --ray, whose ranks have no process group of "
-                    f"torch and no MPI; leave it out, or launch with torchrun (mpi: on one machine)"
-                )
+        """Raise ``ConfigurationError`` for the contestant that ranks on Ray cannot have."""
+        if self.needs_mpi:
+            raise ConfigurationError(
+                "--against mpi cannot be measured with --ray, whose ranks are not mpirun's; leave it out, or "
+                "leave out --ray on one machine"
+            )
 
     def check(self) -> None:
         """Raise ``ConfigurationError`` for what no world can measure."""

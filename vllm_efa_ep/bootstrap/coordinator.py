@@ -18,6 +18,7 @@ from vllm_efa_ep.errors import ConfigurationError, MembershipError, RankLostErro
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 1.0
+_REMIND_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ class Coordinator:
 
         """
         await self._admit(ticket)
-        gathering = self._gatherings.setdefault(number, _Gathering())
+        if number not in self._gatherings:
+            self._gatherings[number] = _Gathering()
+            self._remind_later(number)
+        gathering = self._gatherings[number]
         gathering.payloads[ticket.rank] = payload
         if len(gathering.payloads) == self._size:
             gathering.over.set()
@@ -118,7 +122,7 @@ class Coordinator:
         try:
             await asyncio.wait_for(gathering.over.wait(), timeout_s)
         except asyncio.TimeoutError:
-            missing = tuple(sorted(set(range(self._size)) - gathering.payloads.keys()))
+            missing = self._missing(gathering)
             raise RankTimeoutError(
                 f"rank {ticket.rank} waited {timeout_s:g} s at the start of run {self._name} for ranks "
                 f"{list(missing)}, which did not come; look at their logs",
@@ -210,6 +214,19 @@ class Coordinator:
                 gathering.lost = min(lost)
                 gathering.over.set()
                 del self._gatherings[number]
+
+    def _missing(self, gathering: _Gathering) -> tuple[int, ...]:
+        return tuple(sorted(set(range(self._size)) - gathering.payloads.keys()))
+
+    def _remind_later(self, number: int) -> None:
+        asyncio.get_running_loop().call_later(_REMIND_S, self._remind, number)
+
+    def _remind(self, number: int) -> None:
+        """Say for whom the others wait: some ranks load a model for minutes before they come."""
+        if number in self._gatherings and self._connections:
+            missing = list(self._missing(self._gatherings[number]))
+            logger.warning("EFA EP: run %s waits for ranks %s", self._name, missing)
+            self._remind_later(number)
 
     def _end_if_nobody_is_connected(self) -> None:
         if not self._connections:

@@ -36,8 +36,6 @@ START_S = 600.0
 _ANSWER_SECONDS = 5.0
 _ACTOR_SECONDS = 60.0
 _HEAD = {"node:__internal_head__": 0.001}
-# Settings that name something of one host.
-_OF_ONE_HOST = ("libfabric", "interface", "stats_dir", "token_file")
 
 
 class RayBootstrap(Member):
@@ -170,7 +168,7 @@ def check_same(hosts: list[str], values: list[Mapping[str, Any]]) -> None:
 
 
 def _common(settings: Settings) -> dict[str, Any]:
-    fields = {setting.variable: setting.field for setting in SETTINGS if setting.field not in _OF_ONE_HOST}
+    fields = {setting.variable: setting.field for setting in SETTINGS if not setting.of_one_host}
     return {variable: getattr(settings, field) for variable, field in fields.items()}
 
 

@@ -1,7 +1,9 @@
 """Bootstrap from a torch process group."""
 
 import json
+import logging
 import secrets
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from vllm_efa_ep.bootstrap.store import StoreBootstrap
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 from vllm_efa_ep.messages import read_json
+
+logger = logging.getLogger(__name__)
 
 _NONCE_BYTES = 16
 _MOST_BYTES = 1 << 26
@@ -82,6 +86,8 @@ class TorchBootstrap(StoreBootstrap):
         ]
         without = [rank for rank, (_, token) in enumerate(told) if token]
         if secret is None and len(without) == world_size:
+            if dist.get_rank(self._group) == 0 and world_size > 1:
+                _warn_of_no_secret()
             nonce, token = told[0]
             return Run(nonce.hex(), token)
         if secret is None or without:
@@ -109,6 +115,14 @@ class TorchBootstrap(StoreBootstrap):
         except RuntimeError as error:
             raise EfaEpError(f"a rank left while all of them were starting: {error}") from error
         return [bytes(each[: int(size)].numpy()) for each, size in zip(gathered, sizes, strict=True)]
+
+
+@cache  # once in a process, which may build several instances
+def _warn_of_no_secret() -> None:
+    logger.warning(
+        "EFA EP: the run has no secret, so whoever gets into torch's process group is a member; where others "
+        "reach these hosts' ports, set EFA_EP_TOKEN_FILE on all of them to a file that holds one"
+    )
 
 
 def _greeting(said: Any) -> tuple[bytes, bytes]:

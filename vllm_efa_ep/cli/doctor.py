@@ -52,8 +52,15 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     _check(options)
-    with Console(stderr=True).status("starting") as status:
-        report = _examine(options, lambda check: status.update(f"checking {check}"))
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+
+        def begin(check: str) -> None:
+            status.update(f"checking {check}")
+            if not console.is_terminal:  # the log of a pod or a job, where the line above does not show
+                console.print(f"checking {check}", highlight=False, soft_wrap=True)
+
+        report = _examine(options, begin)
     if not options.node:
         _print(report, options.json)
     return int(report.status is Status.FAILED)
@@ -94,6 +101,7 @@ def _examine(options: argparse.Namespace, begin: Callable[[str], None]) -> "Repo
     from vllm_efa_ep.doctor.cluster.meeting import Meeting, run_of
 
     host, port = _address(options.meet)
+    begin(f"that all {options.nodes} nodes meet at {options.meet}")
     with Meeting(host, port, options.node, options.nodes, run_of(options.token_file)) as meeting:
         return examine_cluster(this_system(), meeting.bootstrap, options.timeout, options.require_efa, begin)
 

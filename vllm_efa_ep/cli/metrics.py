@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     """List or serve.
 
     Raises:
-        ConfigurationError: There is nothing to serve from, or the port is taken.
+        ConfigurationError: There is nothing to serve from, the port is taken, or the extra is missing.
 
     """
     if options.port is not None:
@@ -39,8 +39,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _serve(address: str, port: int) -> int:
-    from prometheus_client import CollectorRegistry, start_http_server
-
+    try:
+        from prometheus_client import CollectorRegistry, start_http_server
+    except ImportError as error:
+        raise ConfigurationError(
+            f"--port needs prometheus_client ({error}); `pip install 'vllm-efa-ep[metrics]'`"
+        ) from error
     from vllm_efa_ep.config import Settings
     from vllm_efa_ep.metrics.collector import RankCollector
 

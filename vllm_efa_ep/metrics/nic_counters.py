@@ -1,6 +1,7 @@
 """The hardware counters of EFA devices, as the driver shows them in sysfs.
 
-Their names are those of the driver's ``efa_verbs.c``; a file that the driver does not have yet is left out.
+Their names are those of the driver's ``efa_verbs.c``. A file that the driver does not have yet is left out,
+and so is one that cannot be read, as while a device is reset: the other metrics are shown all the same.
 """
 
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ def read_nic_counters(root: Path = SYSFS) -> Iterator[Reading]:
         for metric in NIC_METRICS:
             try:
                 value = int((directory / metric.source).read_text())
-            except FileNotFoundError:
+            except OSError:
                 continue
             yield Reading(metric, device.name, port.name, value)
 

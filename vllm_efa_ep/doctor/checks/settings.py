@@ -1,19 +1,29 @@
 """``settings``: are the EFA_EP_* variables what they should be?"""
 
-from vllm_efa_ep.config import Settings
+from collections.abc import Mapping
+
+from vllm_efa_ep.bootstrap.run import read_secret
+from vllm_efa_ep.config import SETTINGS, Settings
 from vllm_efa_ep.doctor.check import Check, Finding, failed, ok
 from vllm_efa_ep.doctor.system import System
 from vllm_efa_ep.errors import ConfigurationError
 
 
 def _examine(system: System) -> Finding:
-    names = sorted(name for name in system.environment if name.startswith("EFA_EP_"))
     try:
-        Settings.from_environment(system.environment)
+        settings = Settings.from_environment(system.environment)
+        if settings.token_file:
+            read_secret(system.path(settings.token_file), "EFA_EP_TOKEN_FILE")
     except ConfigurationError as error:
         return failed(str(error))
-    values = ", ".join(f"{name}={system.environment[name]}" for name in names)
-    return ok(values or "all settings have their defaults", settings=values)
+    given = {name: value for name, value in system.environment.items() if name.startswith("EFA_EP_")}
+    own = {setting.variable for setting in SETTINGS if setting.of_one_host}
+    common = {name: value for name, value in given.items() if name not in own}
+    return ok(_listed(given) or "all settings have their defaults", settings=_listed(common))
+
+
+def _listed(variables: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(variables.items()))
 
 
 CHECK = Check(
