@@ -1,6 +1,10 @@
-"""Pictures of the benchmark's report for people who look at documentation; none of them is committed.
+"""Pictures of the benchmark's report.
 
+docs/bench_report.png, the only one that is committed, is made so:
+
+    vllm-efa-ep bench --ranks 2 --ranks-per-node 1 --tokens 1,16,128,1024 --against gloo-agrs,gloo-a2a
     python docs/screenshots.py efa_ep_bench/bench.html build/screenshots
+    cp build/screenshots/top.png docs/bench_report.png
 
 Needs Debian's chromium and chromium-driver, and selenium, as the tests do.
 """
@@ -14,7 +18,7 @@ from selenium.webdriver.common.by import By
 
 
 def main(words: list[str] | None = None) -> None:
-    """Write the whole page, and each plot by itself."""
+    """Write the top of the page, the whole page, and each plot by itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("report", type=Path)
     parser.add_argument("directory", type=Path)
@@ -23,15 +27,19 @@ def main(words: list[str] | None = None) -> None:
     options = ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     # Chromium refuses to run as root with its sandbox; the page is our own.
-    for argument in ("--headless=new", "--no-sandbox", "--window-size=1280,900"):
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1000,1280"):
         options.add_argument(argument)
     browser = Chrome(options, Service("/usr/bin/chromedriver"))
     try:
         browser.get(arguments.report.resolve().as_uri())
-        for figure in browser.find_elements(By.TAG_NAME, "figure"):
-            figure.screenshot(str(arguments.directory / f"{figure.get_attribute('id')}.png"))
-        browser.set_window_size(1280, browser.execute_script("return document.documentElement.scrollHeight"))
+        browser.save_screenshot(str(arguments.directory / "top.png"))
+        # What lies outside the window is cut off.
+        height = browser.execute_script("return document.documentElement.scrollHeight")
+        browser.set_window_size(1000, height + 200)
         browser.save_screenshot(str(arguments.directory / "report.png"))
+        for figure in browser.find_elements(By.TAG_NAME, "figure"):
+            drawing = figure.find_element(By.TAG_NAME, "svg")
+            drawing.screenshot(str(arguments.directory / f"{figure.get_attribute('id')}.png"))
     finally:
         browser.quit()
     print(*sorted(path.name for path in arguments.directory.glob("*.png")))

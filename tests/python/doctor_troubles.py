@@ -117,6 +117,12 @@ def flat_bus(machine: Machine) -> None:
         link.symlink_to(flat)
 
 
+def counters_of_a_minute_ago(machine: Machine) -> None:
+    """Somebody has told the kernel to ask the devices once a minute."""
+    for name in machine.rdma_devices():
+        machine.write(f"/sys/class/infiniband/{name}/ports/1/hw_counters/lifespan", "60000")
+
+
 def empty_secret(machine: Machine) -> None:
     """Forget to fill the file of the run's secret."""
     machine.write("/run/efa-ep/token", "")
@@ -278,6 +284,13 @@ TROUBLES = [
         "hw-counters",
         WARNING,
         "rdma_write_bytes",
+    ),
+    Trouble(
+        "counters of a minute ago",
+        counters_of_a_minute_ago,
+        "hw-counters",
+        WARNING,
+        "up to 60000 ms ago",
     ),
     Trouble(
         "torch without CUDA",

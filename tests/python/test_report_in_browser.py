@@ -77,12 +77,17 @@ def test_it_fits_a_narrow_window(page: Chrome) -> None:
 
 
 def test_screenshots_are_made_by_a_script(page: Chrome, tmp_path: Path) -> None:
-    """Of each plot, and of the whole page, which is higher than any of them."""
+    """Of the page's top, of the whole page, and of each plot, none of which is cut off."""
     report = unquote(urlsplit(page.current_url).path)
     runpy.run_path(str(SCREENSHOTS))["main"]([report, str(tmp_path)])
     heights = {path.stem: height_of(path) for path in tmp_path.glob("*.png")}
-    assert set(heights) == PLOTS | {"report"}
-    assert all(150 < height < heights["report"] for name, height in heights.items() if name != "report")
+    assert set(heights) == PLOTS | {"report", "top"}
+    assert len({heights[name] for name in PLOTS}) == 1
+    assert (
+        heights["top"]
+        < page.execute_script("return document.documentElement.scrollHeight")
+        < heights["report"]
+    )
 
 
 def height_of(picture: Path) -> int:

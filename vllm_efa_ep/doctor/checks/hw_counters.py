@@ -5,6 +5,7 @@ from vllm_efa_ep.doctor.hardware import efa_rdma_devices
 from vllm_efa_ep.doctor.system import System
 
 # drivers/infiniband/hw/efa/efa_verbs.c
+_LONGEST_LIFESPAN_MS = 1000  # what is older misses rounds between two looks at it; the kernel's default is 10
 _NEEDED = ("rdma_write_bytes", "rdma_write_recv_bytes", "rdma_write_wrs", "rx_drops")
 
 
@@ -17,7 +18,9 @@ def _examine(system: System) -> Finding:
         missing = [name for name in _NEEDED if not (system.read(f"{directory}/{name}") or "").isdigit()]
         if missing:
             return warning(f"{device} does not show {', '.join(missing)} in {directory}")
-    lifespan = system.read(f"/sys/class/infiniband/{devices[0]}/ports/1/hw_counters/lifespan")
+        lifespan = system.read(f"{directory}/lifespan") or ""
+        if lifespan.isdigit() and int(lifespan) > _LONGEST_LIFESPAN_MS:
+            return warning(f"{device} shows its counters as they were up to {lifespan} ms ago")
     clock = f"; the kernel asks the device again after {lifespan} ms" if lifespan else ""
     return ok(f"the counters of all {len(devices)} EFA devices can be read{clock}")
 
@@ -31,7 +34,8 @@ CHECK = Check(
     fix=(
         "Install the newest EFA driver on the host (see efa-driver), mount the host's /sys read-only "
         "into the container, and compare `cat "
-        "/sys/class/infiniband/*/ports/1/hw_counters/rdma_write_bytes` before and after a run."
+        "/sys/class/infiniband/*/ports/1/hw_counters/rdma_write_bytes` before and after a run. Counters that "
+        "are old when they are read: `echo 10 > .../hw_counters/lifespan` on the host."
     ),
     examine=_examine,
 )
