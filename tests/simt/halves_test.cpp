@@ -123,8 +123,8 @@ TEST(Releases, AreOnePerChunkAndPair) {
   }
 }
 
-// ThreadSanitizer has fewer clocks than there are threads here, and may miss a race between two ranks; those of
-// smaller worlds it does not.
+// ThreadSanitizer has fewer clocks than there are threads here, and may miss a race between two ranks, which
+// it does not in smaller worlds.
 TEST(LargeWorld, OfFourNodesWithFourRanksRunsItsRounds) {
   for (uint32_t turn = 0; turn < amount(kThreadSanitized ? 1 : 4, 12); ++turn) {  // all layouts
     const uint64_t seed = test_seed(44 + turn);

@@ -4,8 +4,8 @@ from vllm_efa_ep.doctor.check import Check, Finding, not_applicable, ok, warning
 from vllm_efa_ep.doctor.hardware import efa_rdma_devices
 from vllm_efa_ep.doctor.system import System
 
+_LONGEST_LIFESPAN_MS = 1000  # older ones lag behind what is looked for; the kernel's default is 10
 # drivers/infiniband/hw/efa/efa_verbs.c
-_LONGEST_LIFESPAN_MS = 1000  # what is older misses rounds between two looks at it; the kernel's default is 10
 _NEEDED = ("rdma_write_bytes", "rdma_write_recv_bytes", "rdma_write_wrs", "rx_drops")
 
 
