@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "bindings/common.h"
+#include "bindings/times.h"
 
 #include "cuda/device.h"
 #include "cuda/stand_in.h"
@@ -86,7 +87,8 @@ void bind_cuda(nb::module_& m) {
   // Empty in builds without kernels, whose launches throw.
   m.attr("cuda_architectures") = EFA_EP_CUDA_ARCHITECTURES;
   bind_host_block(m);
-  nb::class_<CudaDevice>(m, "CudaDevice")
+  nb::class_<CudaDevice> device(m, "CudaDevice");
+  device
       .def(
           "__init__",
           [](CudaDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
@@ -184,6 +186,7 @@ void bind_cuda(nb::module_& m) {
           "channel"_a, "stream"_a, "out"_a, ReleaseLock())
       .def("counters", [](const CudaDevice& device) { return counters_of(device); })
       .def("throw_if_failed", &CudaDevice::throw_if_failed);
+  bind_times(device);
   bind_stand_in(m);
 }
 

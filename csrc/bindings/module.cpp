@@ -300,7 +300,8 @@ void bind_device(nb::module_& m) {
       .value("fp8", Quantisation::kFp8)
       .value("fp8_power_of_2", Quantisation::kFp8PowerOf2)
       .value("fp8_ue8m0", Quantisation::kFp8Ue8m0);
-  nb::class_<CpuDevice>(m, "CpuDevice")
+  nb::class_<CpuDevice> device(m, "CpuDevice");
+  device
       .def(
           "__init__",
           [](CpuDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
@@ -367,15 +368,8 @@ void bind_device(nb::module_& m) {
             device.combine_recv(channel, pointer<std::byte>(out));
           },
           "channel"_a, "out"_a, ReleaseLock())
-      .def("counters", [](const CpuDevice& device) { return counters_of(device); })
-      .def("half_seconds", [](const CpuDevice& device) { return seconds_by_half(device.counters().half_ns); })
-      .def("wait_seconds", [](const CpuDevice& device) { return seconds_by_half(device.counters().wait_ns); })
-      .def("half_buckets",
-           [](const CpuDevice& device) { return buckets_by_half(device.counters().half_histogram); })
-      .def("wait_buckets",
-           [](const CpuDevice& device) { return buckets_by_half(device.counters().wait_histogram); })
-      .def("waited_for_seconds",
-           [](const CpuDevice& device) { return seconds_by_rank(device.counters().waited_for_ns); });
+      .def("counters", [](const CpuDevice& device) { return counters_of(device); });
+  bind_times(device);
 }
 
 }  // namespace

@@ -9,7 +9,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/device.h"
+#include "half_times.h"
+#include "protocol/half.h"
 #include "trace_buffer.h"
 
 namespace efa_ep {
@@ -19,9 +20,9 @@ namespace nb = nanobind;
 using Seconds = nb::typed<nb::dict, std::string, double>;
 using Buckets = nb::typed<nb::dict, std::string, std::vector<uint64_t>>;
 
-inline Buckets buckets_by_half(const std::array<DurationHistogram::Counts, 4>& histograms) {
+inline Buckets buckets_by_half(const std::array<DurationCounts, kHalves>& histograms) {
   nb::dict result;
-  for (size_t half = 0; half < kHalfNames.size(); ++half) {
+  for (size_t half = 0; half < kHalves; ++half) {
     result[kHalfNames[half]] = std::vector<uint64_t>(histograms[half].begin(), histograms[half].end());
   }
   return result;
@@ -50,9 +51,9 @@ inline Spans spans_of(const std::vector<TraceSpan>& spans) {
   return result;
 }
 
-inline Seconds seconds_by_half(const std::array<uint64_t, 4>& nanoseconds) {
+inline Seconds seconds_by_half(const std::array<uint64_t, kHalves>& nanoseconds) {
   nb::dict result;
-  for (size_t half = 0; half < kHalfNames.size(); ++half) {
+  for (size_t half = 0; half < kHalves; ++half) {
     result[kHalfNames[half]] = static_cast<double>(nanoseconds[half]) * 1e-9;
   }
   return result;
@@ -66,10 +67,20 @@ inline std::vector<double> seconds_by_rank(const std::vector<uint64_t>& nanoseco
 
 inline std::vector<double> duration_bounds() {
   std::vector<double> seconds;
-  for (size_t bucket = 0; bucket + 1 < DurationHistogram::kBuckets; ++bucket) {
-    seconds.push_back(static_cast<double>(DurationHistogram::bound(bucket)) * 1e-9);
+  for (size_t bucket = 0; bucket + 1 < kDurationBuckets; ++bucket) {
+    seconds.push_back(static_cast<double>(duration_bound(bucket)) * 1e-9);
   }
   return seconds;
+}
+
+/// What every kind of device says of HalfTimes.
+template <class Device>
+void bind_times(nb::class_<Device>& device) {
+  device.def("half_seconds", [](const Device& d) { return seconds_by_half(d.times().half_ns); })
+      .def("wait_seconds", [](const Device& d) { return seconds_by_half(d.times().wait_ns); })
+      .def("half_buckets", [](const Device& d) { return buckets_by_half(d.times().half_histogram); })
+      .def("wait_buckets", [](const Device& d) { return buckets_by_half(d.times().wait_histogram); })
+      .def("waited_for_seconds", [](const Device& d) { return seconds_by_rank(d.times().waited_for_ns); });
 }
 
 }  // namespace efa_ep

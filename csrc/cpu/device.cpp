@@ -57,17 +57,20 @@ CpuDevice::CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> ar
 }
 
 DeviceCounters CpuDevice::counters() const {
-  DeviceCounters counters{counters_.rounds,        counters_.tokens,        counters_.network_rows,
-                          counters_.peer_rows,     counters_.received_rows, counters_.dropped_slots,
-                          counters_.dropped_weight};
-  for (size_t half = 0; half < kHalfNames.size(); ++half) {
-    counters.half_ns[half] = counters_.half_ns[half];
-    counters.wait_ns[half] = counters_.wait_ns[half];
-    counters.half_histogram[half] = counters_.half_histogram[half].counts();
-    counters.wait_histogram[half] = counters_.wait_histogram[half].counts();
+  return {counters_.rounds,        counters_.tokens,        counters_.network_rows,  counters_.peer_rows,
+          counters_.received_rows, counters_.dropped_slots, counters_.dropped_weight};
+}
+
+HalfTimes CpuDevice::times() const {
+  HalfTimes times;
+  for (size_t half = 0; half < kHalves; ++half) {
+    times.half_ns[half] = counters_.half_ns[half];
+    times.wait_ns[half] = counters_.wait_ns[half];
+    times.half_histogram[half] = counters_.half_histogram[half].counts();
+    times.wait_histogram[half] = counters_.wait_histogram[half].counts();
   }
-  counters.waited_for_ns.assign(counters_.waited_for_ns.begin(), counters_.waited_for_ns.end());
-  return counters;
+  times.waited_for_ns.assign(counters_.waited_for_ns.begin(), counters_.waited_for_ns.end());
+  return times;
 }
 
 std::vector<TraceSpan> CpuDevice::trace() const {
@@ -87,7 +90,7 @@ uint64_t CpuDevice::dropped_spans() const {
 
 // At the end of a round, so that a half that is timed in two pieces is one sample.
 void CpuDevice::record_round(Channel& channel) {
-  for (size_t half = 0; half < kHalfNames.size(); ++half) {
+  for (size_t half = 0; half < kHalves; ++half) {
     counters_.half_histogram[half].record(channel.half_ns[half]);
     counters_.wait_histogram[half].record(channel.wait_ns[half]);
   }

@@ -20,6 +20,8 @@
 #include "cpu/row_ids.h"
 #include "cpu/row_math.h"
 #include "cpu/timer.h"
+#include "half_times.h"
+#include "protocol/half.h"
 #include "protocol/layout.h"
 #include "protocol/placement.h"
 #include "protocol/quantisation.h"
@@ -86,18 +88,7 @@ struct DeviceCounters {
   uint64_t received_rows = 0;  ///< rows received for own experts
   uint64_t dropped_slots = 0;  ///< slots of those tokens whose expert has no owner
   double dropped_weight = 0;   ///< the sum of their weights
-  std::array<uint64_t, 4>
-      half_ns{};  ///< time inside dispatch_send, dispatch_recv, combine_send, combine_recv
-  std::array<uint64_t, 4> wait_ns{};  ///< of which waiting for other ranks
-  /// One sample per complete round and half: its time, and the part of it that was waiting.
-  std::array<DurationHistogram::Counts, 4> half_histogram{}, wait_histogram{};
-  /// [world] time of waits that this rank ended by being the last to arrive.
-  std::vector<uint64_t> waited_for_ns{};
 };
-
-enum class Half : uint32_t { kDispatchSend, kDispatchRecv, kCombineSend, kCombineRecv };
-inline constexpr std::array<const char*, 4> kHalfNames = {"dispatch_send", "dispatch_recv", "combine_send",
-                                                          "combine_recv"};
 
 class CpuDevice {
  public:
@@ -141,6 +132,7 @@ class CpuDevice {
   /// Tokens of the round in flight on `channel`.
   uint32_t tokens(uint32_t channel) const { return channels_.at(channel).tokens; }
   DeviceCounters counters() const;
+  HalfTimes times() const;
   /// Halves and waits of the past. No half may be running.
   std::vector<TraceSpan> trace() const;
   uint64_t dropped_spans() const;
@@ -175,7 +167,7 @@ class CpuDevice {
     std::vector<bool> summed;         // remote nodes to which this round's node sums have been sent
     std::vector<uint32_t> positions;  // per_expert: [row][top_k] position among the rows of the slot's expert
     std::array<uint64_t, kOperations> submitted{};  // writes handed to the proxy so far
-    std::array<uint64_t, 4> half_ns{}, wait_ns{};   // of the round in flight
+    std::array<uint64_t, kHalves> half_ns{}, wait_ns{};   // of the round in flight
     TraceBuffer trace;
     uint32_t missing = kNobody;  // a rank that was missing when somebody last looked
   };
@@ -183,8 +175,8 @@ class CpuDevice {
     std::atomic<uint64_t> rounds{0}, tokens{0}, network_rows{0}, peer_rows{0}, received_rows{0},
         dropped_slots{0};
     std::atomic<double> dropped_weight{0};
-    std::array<std::atomic<uint64_t>, 4> half_ns{}, wait_ns{};
-    std::array<DurationHistogram, 4> half_histogram, wait_histogram;
+    std::array<std::atomic<uint64_t>, kHalves> half_ns{}, wait_ns{};
+    std::array<DurationHistogram, kHalves> half_histogram, wait_histogram;
     std::vector<std::atomic<uint64_t>> waited_for_ns;
   };
 

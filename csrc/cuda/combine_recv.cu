@@ -4,12 +4,13 @@
 #include "cuda/submit.cuh"
 #include "cuda/sums.cuh"
 #include "cuda/tiles.cuh"
+#include "cuda/times.cuh"
 
 namespace efa_ep::cuda {
 namespace {
 
-DP_DEVICE Context context_of(const DeviceState* state, uint32_t channel) {
-  return {*state, state->channels[channel], channel, Half::kCombineRecv};
+DP_DEVICE Context context_of(const DeviceState* state, uint32_t channel, uint32_t waiting_kernel) {
+  return {*state, state->channels[channel], channel, Half::kCombineRecv, waiting_kernel};
 }
 
 /// Waits for an owner's results for this rail's source on `source_node`, `rows` of them. Returns where they
@@ -110,9 +111,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   DP_SHARED_ARRAY(RowList, terms, kWarps);
   DP_SHARED_ARRAY(SumStages, stages, kWarps);
   DP_SHARED_ARRAY(const std::byte*, results, kMaxRanks);
-  const Context at = context_of(state, channel);
+  const Context at = context_of(state, channel, 0);
   const DeviceState& device = at.device;
   if (!block_may_run(device)) return;
+  note_begin(at);
   const uint32_t owners = device.ranks_per_node();
   bool ready = true;
   for (uint32_t i = threadIdx.x; ready && i < (device.nodes - 1) * owners; i += kThreads) {
@@ -145,9 +147,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   DP_SHARED_ARRAY(RowList, terms, kWarps);
   DP_SHARED_ARRAY(SumStages, stages, kWarps);
   DP_SHARED_ARRAY(const std::byte*, answers, kMaxRanks);
-  const Context at = context_of(state, channel);
+  const Context at = context_of(state, channel, 1);
   const DeviceState& device = at.device;
   if (!block_may_run(device)) return;
+  if (device.nodes == 1 || device.ranks_per_node() == 1) note_begin(at);
   bool ready = true;
   for (uint32_t i = threadIdx.x; ready && i < device.destinations(); i += kThreads) {
     answers[i] = wait_for_answers(at, i);
@@ -164,6 +167,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                     static_cast<uint32_t>(device.combine_row));
     __syncwarp();
   }
+  note_end(at);
 }
 
 namespace {

@@ -4,6 +4,7 @@
 #include "cuda/submit.cuh"
 #include "cuda/sums.cuh"
 #include "cuda/tiles.cuh"
+#include "cuda/times.cuh"
 
 namespace efa_ep::cuda {
 namespace {
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const DeviceState& device = at.device;
   const bool to_network = device.ranks_per_node() == 1 && device.nodes > 1;
   if (block_may_run(device)) {
+    note_begin(at);
     if (to_network && warp_in_grid() == 0) {
       submit_empty(at, Operation::kCombine, [&](uint32_t node) {
         return at.channel.first_row[node + 1] - at.channel.first_row[node];
@@ -102,7 +104,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       if (to_network && lane_id() == 0) send_row(at, row);
     }
   }
-  if (is_last_block(at) && block_may_run(device)) publish_results(at);
+  if (is_last_block(at) && block_may_run(device)) {
+    publish_results(at);
+    note_end(at);
+  }
 }
 
 void launch_combine_send(const HalfLaunch& launch, const CombineInput& input) {

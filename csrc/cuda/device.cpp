@@ -14,7 +14,6 @@
 namespace efa_ep::cuda {
 namespace {
 
-constexpr const char* kHalfNames[] = {"dispatch_send", "dispatch_recv", "combine_send", "combine_recv"};
 // The host looks often at first, since a round takes microseconds, and then leaves the core to others.
 constexpr auto kYieldTime = std::chrono::milliseconds(2);
 constexpr auto kNap = std::chrono::microseconds(50);
@@ -52,6 +51,7 @@ std::vector<std::byte> CudaDevice::use_workspace(std::byte* workspace) {
   memory.error = reinterpret_cast<uint64_t*>(on_device(host().error));
   memory.stop = reinterpret_cast<const uint32_t*>(on_device(&host().stop));
   memory.totals = reinterpret_cast<ChannelTotals*>(on_device(host().totals));
+  memory.times = reinterpret_cast<ChannelTimes*>(on_device(host().times));
   state_ = reinterpret_cast<const DeviceState*>(workspace);
   return workspace_image(options_.config, memory);
 }
@@ -154,6 +154,28 @@ ChannelTotals CudaDevice::totals() const {
           &ChannelTotals::dropped_weight, &ChannelTotals::received_rows, &ChannelTotals::network_rows,
           &ChannelTotals::peer_rows}) {
       sum.*field += std::atomic_ref(channel.*field).load(std::memory_order_relaxed);
+    }
+  }
+  return sum;
+}
+
+HalfTimes CudaDevice::times() const {
+  const auto add = [](uint64_t& sum, uint64_t& counter) {
+    sum += std::atomic_ref(counter).load(std::memory_order_relaxed);
+  };
+  HalfTimes sum;
+  sum.waited_for_ns.resize(options_.config.layout.topology.world);
+  for (ChannelTimes& channel : host().times) {
+    for (size_t half = 0; half < kHalves; ++half) {
+      add(sum.half_ns[half], channel.halves[half].total_ns);
+      add(sum.wait_ns[half], channel.waits[half].total_ns);
+      for (size_t bucket = 0; bucket < kDurationBuckets; ++bucket) {
+        add(sum.half_histogram[half][bucket], channel.halves[half].samples[bucket]);
+        add(sum.wait_histogram[half][bucket], channel.waits[half].samples[bucket]);
+      }
+    }
+    for (size_t rank = 0; rank < sum.waited_for_ns.size(); ++rank) {
+      add(sum.waited_for_ns[rank], channel.waited_for_ns[rank]);
     }
   }
   return sum;

@@ -61,6 +61,8 @@ class CudaDevice {
 
   /// What its kernels have counted, all channels together.
   ChannelTotals totals() const;
+  /// How long their halves took and waited, all channels together. A round counts when the next one begins.
+  HalfTimes times() const;
 
   uint32_t channels() const { return options_.config.layout.channels; }
   uint32_t capacity() const {

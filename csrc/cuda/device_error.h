@@ -5,6 +5,8 @@
 #include <array>
 #include <cstdint>
 
+#include "protocol/half.h"
+
 namespace efa_ep::cuda {
 
 enum class Fault : uint32_t {
@@ -17,8 +19,6 @@ enum class Fault : uint32_t {
   kRowNumber,      ///< the list of `rank` names row `detail`, which does not exist: ProtocolError
   kRowExpert,      ///< a row from `rank` names expert `detail`, which does not exist: ProtocolError
 };
-
-enum class Half : uint32_t { kDispatchSend, kDispatchRecv, kCombineSend, kCombineRecv };
 
 struct DeviceError {
   Fault fault = Fault::kNone;

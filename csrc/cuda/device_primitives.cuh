@@ -15,6 +15,7 @@
 //   ld_acquire_{gpu,sys}, ld_relaxed_{gpu,sys}, st_release_sys, st_relaxed_{gpu,sys}
 //   st_relaxed_sys_v2                  two adjacent 64-bit words with one store
 //   atom_add_gpu, atom_cas_gpu         relaxed
+//   red_max_gpu                        relaxed, without the old value
 //   atom_add_acq_rel_gpu
 //   fence_{release,acquire}_sys        a release fence followed by relaxed stores is a release pattern for
 //                                      each of them; relaxed loads followed by an acquire fence likewise
@@ -120,6 +121,9 @@ DP_DEFINE_ADD(atom_add_acq_rel_gpu, "acq_rel.gpu")
 #undef DP_DEFINE_STORE
 #undef DP_DEFINE_ADD
 
+DP_DEVICE void red_max_gpu(uint64_t* p, uint64_t v) {
+  asm volatile("red.relaxed.gpu.global.max.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
 DP_DEVICE uint32_t atom_cas_gpu(uint32_t* p, uint32_t expected, uint32_t desired) {
   uint32_t old;
   asm volatile("atom.relaxed.gpu.global.cas.b32 %0, [%1], %2, %3;"

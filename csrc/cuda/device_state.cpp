@@ -56,6 +56,7 @@ void place_channel(const DeviceConfig& config, const DeviceMemory& memory, Parts
   channel.results = layout.results(channel_index);
   channel.counters = parts.take<ChannelCounters>(1);
   if (memory.totals != nullptr) channel.totals = memory.totals + channel_index;
+  if (memory.times != nullptr) channel.times = memory.times + channel_index;
   channel.sent = parts.take<Tile>(size_t{state.destinations()} * state.token_tiles);
   channel.sent_rows = parts.take<uint32_t>(state.destinations());
   channel.forwarded = parts.take<Tile>(others * state.ranks_per_node() * state.token_tiles);

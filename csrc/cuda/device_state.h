@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "cuda/device_ring.h"
+#include "half_times.h"
+#include "protocol/half.h"
 #include "protocol/layout.h"
 #include "protocol/scalar_type.h"
 
@@ -54,6 +56,40 @@ struct ChannelTotals {
   }
 };
 
+/// The longest time for which a thread of a kernel waited, and for which rank: a maximum finds it.
+struct LongestWait {
+  uint64_t nanoseconds = 0;
+  uint32_t rank = 0;
+
+  static constexpr uint32_t kRankBits = 16;
+  static_assert(kMaxRanks <= 1u << kRankBits);
+  constexpr uint64_t encode() const { return nanoseconds << kRankBits | rank; }
+  static constexpr LongestWait decode(uint64_t word) {
+    return {.nanoseconds = word >> kRankBits,
+            .rank = static_cast<uint32_t>(word & ((uint64_t{1} << kRankBits) - 1))};
+  }
+};
+
+/// Kernels of a half that wait, at most.
+inline constexpr size_t kWaitingKernels = 2;
+
+/// One half of one round on the device's clock, in nanoseconds.
+struct HalfClock {
+  uint64_t begun = 0;  ///< its first kernel
+  uint64_t ended = 0;  ///< the last warp of its last kernel
+  uint64_t longest_wait[kWaitingKernels] = {};
+};
+
+/// HalfTimes of one channel, as kernels count them.
+struct ChannelTimes {
+  struct Durations {
+    uint64_t total_ns = 0;
+    uint64_t samples[kDurationBuckets] = {};
+  };
+  Durations halves[kHalves], waits[kHalves];
+  uint64_t waited_for_ns[kMaxRanks] = {};
+};
+
 /// Counters of one channel that kernels change.
 struct ChannelCounters {
   uint32_t round = 0;
@@ -62,6 +98,8 @@ struct ChannelCounters {
   uint32_t blocks_done = 0;    ///< of the running kernel
   uint64_t submitted[2] = {};  ///< commands so far, by Operation
   ChannelTotals totals;
+  HalfClock clocks[2][kHalves];  ///< by the parity of the round: of this round, and of the one before
+  ChannelTimes times;
 };
 
 /// One channel: offsets of its sections in every arena, and its scratch memory on this device.
@@ -74,6 +112,7 @@ struct ChannelState {
 
   ChannelCounters* counters = nullptr;
   ChannelTotals* totals = nullptr;       ///< a copy of those, for the host; pinned host memory
+  ChannelTimes* times = nullptr;         ///< likewise
   Tile* sent = nullptr;                  ///< [destinations][token tiles] own tokens by destination
   uint32_t* sent_rows = nullptr;         ///< [destinations]
   Tile* forwarded = nullptr;             ///< [nodes - 1][ranks_per_node][token tiles] rows of a slot by owner
@@ -153,6 +192,7 @@ struct DeviceMemory {
   uint64_t* error = nullptr;            ///< [2] zeros in pinned host memory: DeviceError
   const uint32_t* stop = nullptr;       ///< 0, in pinned host memory; the host sets it to end all waits
   ChannelTotals* totals = nullptr;      ///< [channels] zeros in pinned host memory
+  ChannelTimes* times = nullptr;        ///< likewise
 };
 
 /// Bytes of DeviceMemory::workspace.

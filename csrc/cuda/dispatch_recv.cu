@@ -5,12 +5,19 @@
 #include "cuda/payloads.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/tiles.cuh"
+#include "cuda/times.cuh"
 
 namespace efa_ep::cuda {
 namespace {
 
-DP_DEVICE Context context_of(const DeviceState* state, uint32_t channel) {
-  return {*state, state->channels[channel], channel, Half::kDispatchRecv};
+DP_DEVICE Context context_of(const DeviceState* state, uint32_t channel, uint32_t waiting_kernel) {
+  return {*state, state->channels[channel], channel, Half::kDispatchRecv, waiting_kernel};
+}
+
+/// Called by whole blocks of the first kernel. The first block's last warp has least to do.
+DP_DEVICE void begin_half(const Context& at) {
+  note_begin(at);
+  if (blockIdx.x == 0 && warp_id() == kWarps - 1) count_last_round(at);
 }
 
 DP_DEVICE const std::byte* slot_of(const Context& at, uint32_t source_node) {
@@ -64,6 +71,8 @@ DP_DEVICE void watch_slots(const Context& at, uint32_t nodes, uint32_t& done, Ar
         arrived.rows[place] = word.rows;
         done |= bit;
         found = true;
+        deadline.watch(source);
+        deadline.met();
       }
     }
     if (waiting && !found && !failed) failed = deadline.expired();
@@ -281,9 +290,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     forward_slots(const DeviceState* __restrict__ state, uint32_t channel) {
   DP_SHARED_ARRAY(TileScratch, scratch, kWarps);
   DP_SHARED(Arrivals, arrived);
-  const Context at = context_of(state, channel);
+  const Context at = context_of(state, channel, 0);
   const DeviceState& device = at.device;
   if (!block_may_run(device)) return;
+  begin_half(at);
   uint32_t done = 0;
   const uint32_t nodes = nodes_of_block(device);
   for (uint32_t taken = 0; taken < nodes; taken += arrived.count) {
@@ -302,10 +312,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     take_rows(const DeviceState* __restrict__ state, uint32_t channel, const DispatchOutput output) {
   DP_SHARED_ARRAY(TileScratch, scratch, kWarps);
   DP_SHARED_ARRAY(uint32_t, first_row, kMaxRanks + 1);
-  const Context at = context_of(state, channel);
+  const Context at = context_of(state, channel, 1);
   const DeviceState& device = at.device;
   bool ready = block_may_run(device);
   if (ready) {
+    if (device.nodes == 1) begin_half(at);
     // The caller may write into the results next, from which the last round's writes went if there is one
     // rank per node; otherwise into the combine staging.
     bool mine = threadIdx.x != 0 || wait_until_sent(at, Operation::kCombine);
@@ -345,7 +356,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     pack_rows(const DeviceState* __restrict__ state, uint32_t channel, const DispatchOutput output) {
   DP_SHARED_ARRAY(RowList, lists, kWarps);
   DP_SHARED_ARRAY(PayloadStages, stages, kWarps);
-  const Context at = context_of(state, channel);
+  const Context at = context_of(state, channel, 0);
   if (!block_may_run(at.device)) return;
   RowList& to = lists[warp_id()];
   Payloads payloads(at, stages[warp_id()]);
@@ -358,6 +369,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     __syncwarp();
   }
   payloads.finish();
+  note_end(at);
 }
 
 void launch_dispatch_recv(const HalfLaunch& launch, const DispatchOutput& output) {

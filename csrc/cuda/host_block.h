@@ -17,6 +17,7 @@ struct HostBlock {
   alignas(kWordStride) uint32_t stop = 0;                ///< written by the host
   alignas(kWordStride) int32_t rows[kMaxChannels] = {};  ///< received in the round, written by kernels
   alignas(kWordStride) ChannelTotals totals[kMaxChannels] = {};  ///< written by kernels
+  alignas(kWordStride) ChannelTimes times[kMaxChannels] = {};    ///< written by kernels
   alignas(kWordStride) uint64_t ring_tail = 0;                   ///< written by the proxy
 
   static constexpr size_t ring_offset() { return align_up(sizeof(HostBlock), kWordStride); }

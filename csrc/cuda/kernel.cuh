@@ -32,8 +32,12 @@ struct Context {
   const ChannelState& channel;
   uint32_t channel_index;
   Half half;
+  uint32_t waiting_kernel = 0;  ///< which of the half's kernels that wait
 
   DP_DEVICE ChannelCounters& counters() const { return *channel.counters; }
+  DP_DEVICE HalfClock& clock() const {
+    return counters().clocks[counters().round % 2][static_cast<uint32_t>(half)];
+  }
   DP_DEVICE std::byte* arena() const { return device.arenas[device.index]; }
   DP_DEVICE const Layout& layout() const { return device.layout; }
 };
@@ -85,6 +89,13 @@ class Deadline {
     return true;
   }
 
+  /// The wait is over: notes how long it took, if it was one.
+  DP_DEVICE void met() const {
+    if (looks_ == 0) return;
+    const LongestWait wait{.nanoseconds = dp::global_timer() - start_, .rank = rank_};
+    dp::red_max_gpu(&at_.clock().longest_wait[at_.waiting_kernel], wait.encode());
+  }
+
  private:
   static constexpr uint32_t kLooksPerCheck = 64;  // `stop` lies beyond PCIe
   const Context& at_;
@@ -94,17 +105,19 @@ class Deadline {
 };
 
 /// Waits until the word at `flag` is of the current round, and acquires what was released with it. `rank` is
-/// whom a fault names. False after a fault.
+/// whom a fault names. False after a fault. All blocks wait for the same, and the first one notes the time.
 DP_DEVICE bool wait_for_round(const Context& at, const uint64_t* flag, uint32_t rank, RoundWord& word) {
   Deadline deadline(at, rank);
   while ((word = RoundWord::decode(dp::ld_relaxed_sys(flag))).round != at.counters().round) {
     if (deadline.expired()) return false;
   }
   dp::fence_acquire_sys();
+  if (blockIdx.x == 0) deadline.met();
   return true;
 }
 
 /// Waits until the network has read all rows that were handed to the proxy, so that they may be overwritten.
+/// The first block notes the time.
 DP_DEVICE bool wait_until_sent(const Context& at, Operation operation) {
   if (at.device.nodes == 1) return true;
   const auto op = static_cast<uint32_t>(operation);
@@ -114,6 +127,7 @@ DP_DEVICE bool wait_until_sent(const Context& at, Operation operation) {
     if (deadline.expired()) return false;
   }
   dp::fence_acquire_sys();
+  if (blockIdx.x == 0) deadline.met();
   return true;
 }
 

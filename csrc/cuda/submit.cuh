@@ -16,6 +16,7 @@ DP_DEVICE bool take_entry(const Context& at, uint64_t& position) {
   while (position - (tail = dp::ld_relaxed_sys(device.ring_tail)) >= device.ring_capacity) {
     if (deadline.expired()) return false;
   }
+  deadline.met();
   dp::st_relaxed_gpu(device.ring_known_tail, tail);  // perhaps older than another thread's: still true
   return true;
 }

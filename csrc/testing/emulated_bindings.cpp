@@ -120,7 +120,7 @@ nb::dict counters(EmulatedWorld& world, uint32_t rank) {
   result["peer_rows"] = device.peer_rows;
   result["received_rows"] = device.received_rows;
   uint64_t host_ns = 0;
-  for (const uint64_t half_ns : device.half_ns) host_ns += half_ns;
+  for (const uint64_t half_ns : world.device(rank).times().half_ns) host_ns += half_ns;
   result["host_ns"] = host_ns;
   return result;
 }

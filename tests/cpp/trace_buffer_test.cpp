@@ -9,21 +9,21 @@ namespace efa_ep {
 namespace {
 
 TEST(DurationHistogram, ABoundBelongsToItsBucket) {
-  EXPECT_EQ(DurationHistogram::bucket_of(0), 0u);
-  for (size_t bucket = 0; bucket + 1 < DurationHistogram::kBuckets; ++bucket) {
-    EXPECT_EQ(DurationHistogram::bucket_of(DurationHistogram::bound(bucket)), bucket);
-    EXPECT_EQ(DurationHistogram::bucket_of(DurationHistogram::bound(bucket) + 1), bucket + 1);
+  EXPECT_EQ(duration_bucket(0), 0u);
+  for (size_t bucket = 0; bucket + 1 < kDurationBuckets; ++bucket) {
+    EXPECT_EQ(duration_bucket(duration_bound(bucket)), bucket);
+    EXPECT_EQ(duration_bucket(duration_bound(bucket) + 1), bucket + 1);
   }
-  EXPECT_EQ(DurationHistogram::bucket_of(UINT64_MAX), DurationHistogram::kBuckets - 1);
+  EXPECT_EQ(duration_bucket(UINT64_MAX), kDurationBuckets - 1);
 }
 
 TEST(DurationHistogram, CountsSamples) {
   DurationHistogram histogram;
   for (const uint64_t sample : {1ull, 1024ull, 1025ull, 1ull << 40}) histogram.record(sample);
-  DurationHistogram::Counts expected{};
+  DurationCounts expected{};
   expected[0] = 2;
   expected[1] = 1;
-  expected[DurationHistogram::kBuckets - 1] = 1;
+  expected[kDurationBuckets - 1] = 1;
   EXPECT_EQ(histogram.counts(), expected);
 }
 

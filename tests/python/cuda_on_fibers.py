@@ -210,6 +210,20 @@ def quantise_and_count(libfabric: str, signals: str) -> None:
         print("quantised", quantisation, flush=True)
 
 
+def come_late(libfabric: str, signals: str) -> None:
+    """Kernels take the times of all rounds but the newest, and name the rank for which they waited."""
+    from test_times import LATE_S, ROUNDS, expect_samples, expect_slowest_peer, stats_of_rounds
+
+    settings = {"provider": "efaemu", "libfabric": libfabric, "gpu_signals": signals, "num_sms": 2}
+    for nodes, ranks_per_node, layout in ((1, 3, "per_token"), (3, 1, "per_expert"), (2, 2, "per_token")):
+        of_ranks = stats_of_rounds(nodes, ranks_per_node, layout, LATE_S, "cuda", **settings)
+        for stats in of_ranks:
+            expect_samples(stats, ROUNDS - 1)
+        # The engine's clock is at least a quarter as fast as the world's.
+        expect_slowest_peer(nodes, ranks_per_node, of_ranks, LATE_S / 4)
+        print("came late:", nodes, ranks_per_node, layout, flush=True)
+
+
 def time_out() -> None:
     """Let a rank wait for one that does not come: the kernel's deadline becomes the CPU's error."""
     from thread_world import ThreadBootstrap, outcomes_of_ranks, settings_of
@@ -242,6 +256,7 @@ def main() -> None:
     fake_cuda(load_core(Path(directory)), signals)
     play_scenes(libfabric, signals)
     quantise_and_count(libfabric, signals)
+    come_late(libfabric, signals)
     time_out()
 
 

@@ -143,8 +143,11 @@ def test_a_cell_that_the_peers_cannot_do_is_refused() -> None:
         replace(CELL, world=24, ranks_per_node=8, experts=256).check()
 
 
-def test_a_run_on_this_machine() -> None:
+def test_a_run_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Two ranks as two nodes: every dtype and token count is measured, checked and counted."""
+    monkeypatch.delenv("EFA_EP_TOKEN_FILE", raising=False)
     found = list(run_local(replace(PLAN, against=("gloo-agrs", "gloo-a2a", "ordinary-tensors")), 2))
     assert [(each["cell"]["dtype"], each["cell"]["tokens"]) for each in found] == [
         ("bf16", 1),
@@ -161,6 +164,7 @@ def test_a_run_on_this_machine() -> None:
         assert ours["per_round"]["bytes_written"] >= each["wire_floor_bytes"] > 0
         assert ours["environment"]["provider"]
         assert each["barrier"] == "shared memory"
+    assert "no secret" not in capfd.readouterr().err  # the launcher made one
 
 
 def test_a_run_under_mpirun() -> None:

@@ -77,6 +77,7 @@ class CudaRank {
     memory.error = host_.error;
     memory.stop = &host_.stop;
     memory.totals = host_.totals;
+    memory.times = host_.times;
     const std::vector<std::byte> image = cuda::workspace_image(device_, memory);
     std::copy(image.begin(), image.end(), workspace_->data());
     register_memory();
@@ -186,6 +187,7 @@ class CudaRank {
       expect_rows("scales", got.received_scales, want.received_scales, layout.row.scale_bytes);
       expect_rows("out", got.out, want.out, layout.row.combine_bytes);
       ++counted_.rounds;
+      ++rounds_of_[got.channel];
       counted_.tokens += want.tokens;
       counted_.received_rows += want.rows;
       counted_.network_rows += want.network_rows;
@@ -193,6 +195,7 @@ class CudaRank {
     }
     rounds_.clear();
     check_totals();
+    for (uint32_t channel = 0; channel < layout.channels; ++channel) check_times(channel);
   }
 
   /// Called by the world's network thread only.
@@ -207,6 +210,8 @@ class CudaRank {
     if (proxy_ != nullptr) proxy_->throw_if_failed();
     if (error().fault != cuda::Fault::kNone) cuda::throw_fault(error(), device_, proxy_);
   }
+  /// What its kernels have said of time.
+  const cuda::ChannelTimes& times(uint32_t channel) const { return host_.times[channel]; }
   /// Ends all waits of its kernels.
   void stop() { std::atomic_ref(host_.stop).store(1, std::memory_order_relaxed); }
 
@@ -233,6 +238,7 @@ class CudaRank {
     alignas(64) mutable uint64_t error[2] = {};
     alignas(64) uint32_t stop = 0;
     alignas(64) cuda::ChannelTotals totals[kMaxChannels] = {};
+    alignas(64) cuda::ChannelTimes times[kMaxChannels] = {};
   };
 
   /// Something that happens in stream order, as a kernel of the caller would.
@@ -310,6 +316,39 @@ class CudaRank {
     EXPECT_EQ(told.peer_rows, counted_.peer_rows);
   }
 
+  /// All rounds but the newest have a sample of every half, and it waited for no longer than it took.
+  void check_times(uint32_t channel) const {
+    const cuda::ChannelTimes& times = host_.times[channel];
+    const uint64_t rounds = rounds_of_[channel];
+    uint64_t waits = 0;
+    for (size_t half = 0; half < kHalves; ++half) {
+      const testing::ScopedTrace where(
+          __FILE__, __LINE__,
+          testing::Message() << "rank " << rank_ << ", channel " << channel << ", " << kHalfNames[half]);
+      expect_samples(times.halves[half], rounds == 0 ? 0 : rounds - 1);
+      expect_samples(times.waits[half], rounds == 0 ? 0 : rounds - 1);
+      EXPECT_LE(times.waits[half].total_ns, times.halves[half].total_ns);
+      EXPECT_EQ(times.halves[half].total_ns > 0, rounds > 1);
+      waits += times.waits[half].total_ns;
+    }
+    uint64_t for_others = 0;
+    for (const uint64_t waited : times.waited_for_ns) for_others += waited;
+    EXPECT_LE(for_others, waits);
+    EXPECT_EQ(times.waited_for_ns[rank_], 0u);
+  }
+
+  static void expect_samples(const cuda::ChannelTimes::Durations& durations, uint64_t rounds) {
+    uint64_t samples = 0, least = 0, most = 0;
+    for (size_t bucket = 0; bucket < kDurationBuckets; ++bucket) {
+      samples += durations.samples[bucket];
+      least += durations.samples[bucket] * (bucket == 0 ? 0 : duration_bound(bucket - 1));
+      most += durations.samples[bucket] * duration_bound(bucket);
+    }
+    EXPECT_EQ(samples, rounds);
+    EXPECT_GE(durations.total_ns, least);
+    EXPECT_LE(durations.total_ns, most);
+  }
+
   static void expect_rows(const std::string& name, const Bytes& got, const Bytes& want, size_t row_bytes) {
     ASSERT_EQ(got.size(), want.size());
     const auto [first, other] = std::mismatch(got.begin(), got.end(), want.begin());
@@ -333,6 +372,7 @@ class CudaRank {
   std::vector<simt::stream_t> streams_;
   std::deque<Buffers> rounds_;
   cuda::ChannelTotals counted_;  // in all rounds that were checked
+  uint64_t rounds_of_[kMaxChannels] = {};
 };
 
 }  // namespace efa_ep

@@ -32,7 +32,7 @@ TEST(Faults, ASourceThatNeverSendsIsNamed) {
   world.rank(0).dispatch_recv(0);
   world.rank(0).sync();
   EXPECT_EQ(world.rank(0).error(), (DeviceError{.fault = Fault::kTimeout,
-                                                .half = cuda::Half::kDispatchRecv,
+                                                .half = Half::kDispatchRecv,
                                                 .channel = 0,
                                                 .rank = 1,
                                                 .round = 1,
@@ -109,7 +109,7 @@ TEST(Faults, AnOwnerThatNeverAnswersIsNamedByItsRound) {
   for (const uint32_t rank : {0u, 1u}) world.rank(rank).sync();
   EXPECT_EQ(world.rank(1).error(), DeviceError{});
   EXPECT_EQ(world.rank(0).error(), (DeviceError{.fault = Fault::kTimeout,
-                                                .half = cuda::Half::kCombineRecv,
+                                                .half = Half::kCombineRecv,
                                                 .channel = 0,
                                                 .rank = 1,
                                                 .round = 1,
@@ -130,7 +130,7 @@ TEST(Faults, AnIdOutOfRangeSendsNothing) {
     world.rank(0).dispatch_send(0, mine);
     world.rank(0).sync();
     EXPECT_EQ(world.rank(0).error().fault, Fault::kExpertId);
-    EXPECT_EQ(world.rank(0).error().half, cuda::Half::kDispatchSend);
+    EXPECT_EQ(world.rank(0).error().half, Half::kDispatchSend);
     EXPECT_EQ(world.rank(0).error().detail, bad);
     EXPECT_EQ(world.world().proxy(0)->counters().writes, 0u);
   }
@@ -320,7 +320,7 @@ TEST(Faults, ARoundEndsAfterItsLastWrite) {
     run(dispatch ? Half::kCombineRecv : Half::kDispatchRecv);
     EXPECT_EQ(world.rank(0).error(),
               (DeviceError{.fault = Fault::kTimeout,
-                           .half = dispatch ? cuda::Half::kCombineRecv : cuda::Half::kDispatchRecv,
+                           .half = dispatch ? Half::kCombineRecv : Half::kDispatchRecv,
                            .channel = 0,
                            .rank = 0,
                            .round = dispatch ? 1u : 2u,

@@ -2,9 +2,11 @@
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,6 +44,12 @@ def run_local(plan: Plan, world: int) -> Iterator[CellResult]:
         "WORLD_SIZE": str(world),
     }
     with ExitStack() as cleanup:
+        if not environment.get("EFA_EP_TOKEN_FILE"):
+            # Only the user can read it, so only processes of the same user can join.
+            secret = cleanup.enter_context(tempfile.NamedTemporaryFile("w", prefix="efa_ep_secret_"))
+            secret.write(secrets.token_hex(32))
+            secret.flush()
+            environment["EFA_EP_TOKEN_FILE"] = secret.name
         if plan.needs_mpi:
             ranks = [_start(mpirun(plan, world) + _member(plan, ["-m", "mpi4py"]), environment, True)]
         else:

@@ -84,27 +84,27 @@ class CudaHalves:
         return self._core.counters()
 
     def half_seconds(self) -> dict[str, float]:
-        """Return nothing: time on the GPU is CUDA events' matter."""
-        return {}
+        """Return what the kernels have measured; a round counts when the next one has begun."""
+        return self._core.half_seconds()
 
     def wait_seconds(self) -> dict[str, float]:
-        """Return nothing, as ``half_seconds``."""
-        return {}
+        """Return the longest wait of each kernel, added up."""
+        return self._core.wait_seconds()
 
     def half_buckets(self) -> dict[str, list[int]]:
-        """Return nothing, as ``half_seconds``."""
-        return {}
+        """Return a histogram of ``half_seconds``."""
+        return self._core.half_buckets()
 
     def wait_buckets(self) -> dict[str, list[int]]:
-        """Return nothing, as ``half_seconds``."""
-        return {}
+        """Return a histogram of ``wait_seconds``."""
+        return self._core.wait_buckets()
 
     def waited_for_seconds(self) -> list[float]:
-        """Return nothing, as ``half_seconds``."""
-        return []
+        """Return the waits of ``wait_seconds`` by the rank that ended them."""
+        return self._core.waited_for_seconds()
 
     def trace(self) -> list[dict[str, Any]]:
-        """Return nothing, as ``half_seconds``; the network's spans are the proxy's."""
+        """Return nothing: spans on a GPU are a profiler's matter; the network's are the proxy's."""
         return []
 
     def dropped_spans(self) -> int:
