@@ -1,4 +1,5 @@
-// What a device says of time: how long its halves took and waited, as histograms whose buckets double in width.
+// What a device says of time: how long its halves took and waited, as histograms whose buckets double in
+// width.
 #pragma once
 
 #include <array>

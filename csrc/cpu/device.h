@@ -166,8 +166,8 @@ class CpuDevice {
     std::vector<uint32_t> listed;     // [nodes][ranks_per_node] rows offered to each local rank of those
     std::vector<bool> summed;         // remote nodes to which this round's node sums have been sent
     std::vector<uint32_t> positions;  // per_expert: [row][top_k] position among the rows of the slot's expert
-    std::array<uint64_t, kOperations> submitted{};  // writes handed to the proxy so far
-    std::array<uint64_t, kHalves> half_ns{}, wait_ns{};   // of the round in flight
+    std::array<uint64_t, kOperations> submitted{};       // writes handed to the proxy so far
+    std::array<uint64_t, kHalves> half_ns{}, wait_ns{};  // of the round in flight
     TraceBuffer trace;
     uint32_t missing = kNobody;  // a rank that was missing when somebody last looked
   };

@@ -1,5 +1,5 @@
-// How long halves take and wait. Kernels note it in the round's HalfClocks; the next round's dispatch_recv counts
-// it beside its wait, where it costs nobody time, and tells the host.
+// How long halves take and wait. Kernels note it in the round's HalfClocks; the next round's dispatch_recv
+// counts it beside its wait, where it costs nobody time, and tells the host.
 #pragma once
 
 #include "cuda/kernel.cuh"

@@ -212,15 +212,17 @@ def quantise_and_count(libfabric: str, signals: str) -> None:
 
 def come_late(libfabric: str, signals: str) -> None:
     """Kernels take the times of all rounds but the newest, and name the rank for which they waited."""
-    from test_times import LATE_S, ROUNDS, expect_samples, expect_slowest_peer, stats_of_rounds
+    from test_times import LATE_RANK, LATE_S, ROUNDS, expect_samples, stats_of_rounds
 
-    settings = {"provider": "efaemu", "libfabric": libfabric, "gpu_signals": signals, "num_sms": 2}
-    for nodes, ranks_per_node, layout in ((1, 3, "per_token"), (3, 1, "per_expert"), (2, 2, "per_token")):
+    settings = {"provider": "efaemu", "libfabric": libfabric, "gpu_signals": signals, "num_sms": 1}
+    for nodes, ranks_per_node, layout in ((1, 2, "per_token"), (2, 1, "per_expert"), (2, 2, "per_token")):
         of_ranks = stats_of_rounds(nodes, ranks_per_node, layout, LATE_S, "cuda", **settings)
         for stats in of_ranks:
             expect_samples(stats, ROUNDS - 1)
         # The engine's clock is at least a quarter as fast as the world's.
-        expect_slowest_peer(nodes, ranks_per_node, of_ranks, LATE_S / 4)
+        late_s = 2 * (ROUNDS - 1) * LATE_S / 4
+        assert of_ranks[0].waited_for_seconds[LATE_RANK] >= late_s
+        assert sum(of_ranks[0].wait_seconds.values()) >= late_s
         print("came late:", nodes, ranks_per_node, layout, flush=True)
 
 

@@ -143,9 +143,7 @@ def test_a_cell_that_the_peers_cannot_do_is_refused() -> None:
         replace(CELL, world=24, ranks_per_node=8, experts=256).check()
 
 
-def test_a_run_on_this_machine(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_on_this_machine(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Two ranks as two nodes: every dtype and token count is measured, checked and counted."""
     monkeypatch.delenv("EFA_EP_TOKEN_FILE", raising=False)
     found = list(run_local(replace(PLAN, against=("gloo-agrs", "gloo-a2a", "ordinary-tensors")), 2))

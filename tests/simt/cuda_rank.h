@@ -168,6 +168,11 @@ class CudaRank {
     }
   }
 
+  /// Something that happens in stream order, as a kernel of the caller would.
+  void then(uint32_t channel, std::function<void()> action) {
+    simt::launch_raw(streams_[channel], dim3(1), dim3(1), 0, std::move(action), "caller");
+  }
+
   void sync() {
     for (const simt::stream_t stream : streams_) simt::stream_sync(stream);
   }
@@ -240,11 +245,6 @@ class CudaRank {
     alignas(64) cuda::ChannelTotals totals[kMaxChannels] = {};
     alignas(64) cuda::ChannelTimes times[kMaxChannels] = {};
   };
-
-  /// Something that happens in stream order, as a kernel of the caller would.
-  void then(uint32_t channel, std::function<void()> action) {
-    simt::launch_raw(streams_[channel], dim3(1), dim3(1), 0, std::move(action), "caller");
-  }
 
   Buffers& begin_round(uint32_t channel, const RankRound& round) {
     Buffers& b = rounds_.emplace_back();

@@ -69,9 +69,7 @@ template <class T>
 T atom_add_acq_rel_gpu(T* p, std::type_identity_t<T> v) {
   return ::simt::fetch_add<__ATOMIC_ACQ_REL>(p, v, Scope::gpu);
 }
-inline void red_max_gpu(uint64_t* p, uint64_t v) {
-  ::simt::fetch_max<__ATOMIC_RELAXED>(p, v, Scope::gpu);
-}
+inline void red_max_gpu(uint64_t* p, uint64_t v) { ::simt::fetch_max<__ATOMIC_RELAXED>(p, v, Scope::gpu); }
 inline uint32_t atom_cas_gpu(uint32_t* p, uint32_t expected, uint32_t desired) {
   return ::simt::compare_exchange<__ATOMIC_RELAXED>(p, expected, desired, Scope::gpu);
 }

@@ -318,13 +318,12 @@ TEST(Faults, ARoundEndsAfterItsLastWrite) {
     done.store(writes - 1, std::memory_order_release);
     run(dispatch ? Half::kCombineSend : Half::kDispatchSend);
     run(dispatch ? Half::kCombineRecv : Half::kDispatchRecv);
-    EXPECT_EQ(world.rank(0).error(),
-              (DeviceError{.fault = Fault::kTimeout,
-                           .half = dispatch ? Half::kCombineRecv : Half::kDispatchRecv,
-                           .channel = 0,
-                           .rank = 0,
-                           .round = dispatch ? 1u : 2u,
-                           .detail = 0}));
+    EXPECT_EQ(world.rank(0).error(), (DeviceError{.fault = Fault::kTimeout,
+                                                  .half = dispatch ? Half::kCombineRecv : Half::kDispatchRecv,
+                                                  .channel = 0,
+                                                  .rank = 0,
+                                                  .round = dispatch ? 1u : 2u,
+                                                  .detail = 0}));
   }
 }
 
