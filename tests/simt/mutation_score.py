@@ -54,6 +54,7 @@ STAGES: dict[str, list[Run]] = {
         Run("simt_quantisation_test", "*"),
         Run("simt_bytes_test", "*"),
         Run("simt_rank_loss_test", "*"),
+        Run("simt_times_test", "*"),
         Run("simt_halves_test", "Nodes/Worlds.RunTheirRounds/*:Releases.*:Sets.*"),
     ],
     # Worlds of up to four ranks

@@ -14,7 +14,7 @@ namespace {
 
 constexpr uint32_t kLateRank = 1;
 constexpr std::chrono::milliseconds kLate{20};
-constexpr uint32_t kRounds = 5;
+constexpr uint32_t kRounds = 8;
 
 /// Queues a send and the receive that follows on all ranks, on one of them when the others have sent, and
 /// some time later.
