@@ -326,8 +326,7 @@ void CpuDevice::dispatch_pack(uint32_t channel_index, const DispatchOutput& outp
 
 void CpuDevice::copy_activation(const std::byte* row, const DispatchOutput& output, size_t place) const {
   const RowShape& shape = layout_.row;
-  static const bool nt = getenv("NT_PACK") != nullptr;
-  copy_row(output.x + place * shape.payload_bytes, row + shape.payload_offset(), shape.payload_bytes, nt);
+  std::memcpy(output.x + place * shape.payload_bytes, row + shape.payload_offset(), shape.payload_bytes);
   if (shape.scale_bytes > 0) {
     std::memcpy(output.scales + place * shape.scale_bytes, row + shape.scales_offset(), shape.scale_bytes);
   }

@@ -1,6 +1,5 @@
 #include "cpu/row_math.h"
 
-#include <emmintrin.h>
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -98,27 +97,6 @@ EFA_EP_VECTORISED void sum_float32(std::byte* out, const WeightedRow* terms, siz
 }
 
 }  // namespace
-
-void copy_row(std::byte* to, const std::byte* from, size_t bytes, bool streaming) {
-#if defined(__x86_64__)
-  if (streaming && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    size_t i = 0;
-    for (; i + 64 <= bytes; i += 64) {
-      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-      const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + 16));
-      const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + 32));
-      const __m128i d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + 48));
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), a);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + 16), b);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + 32), c);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + 48), d);
-    }
-    std::memcpy(to + i, from + i, bytes - i);
-    return;
-  }
-#endif
-  std::memcpy(to, from, bytes);
-}
 
 void sum_rows(std::byte* out, std::span<const WeightedRow> terms, size_t elements, ScalarType type) {
   const size_t bytes = elements * scalar_bytes(type);

@@ -18,9 +18,6 @@ struct WeightedRow {
 /// out[i] = sum over terms, in their order, of weight * row[i], in float32, rounded once (to nearest, ties to
 /// even). `out` may be one of the rows. No term gives zeros; a single term of weight 1 is a copy, bit for
 /// bit. Every CPU gives the same bits.
-void copy_row(std::byte* to, const std::byte* from, size_t bytes, bool streaming);
-void copy_row(std::byte* to, const std::byte* from, size_t bytes, bool streaming);
-void copy_row(std::byte* to, const std::byte* from, size_t bytes, bool streaming);
 void sum_rows(std::byte* out, std::span<const WeightedRow> terms, size_t elements, ScalarType type);
 
 }  // namespace efa_ep
