@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   DP_SHARED_ARRAY(const std::byte*, results, kMaxRanks);
   const Context at = context_of(state, channel, 0);
   const DeviceState& device = at.device;
+  note_begin(at.clock());
   if (!block_may_run(device)) return;
-  note_begin(at);
   const uint32_t owners = device.ranks_per_node();
   bool ready = true;
   for (uint32_t i = threadIdx.x; ready && i < (device.nodes - 1) * owners; i += kThreads) {
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   DP_SHARED_ARRAY(const std::byte*, answers, kMaxRanks);
   const Context at = context_of(state, channel, 1);
   const DeviceState& device = at.device;
+  if (device.nodes == 1 || device.ranks_per_node() == 1) note_begin(at.clock());
   if (!block_may_run(device)) return;
-  if (device.nodes == 1 || device.ranks_per_node() == 1) note_begin(at);
   bool ready = true;
   for (uint32_t i = threadIdx.x; ready && i < device.destinations(); i += kThreads) {
     answers[i] = wait_for_answers(at, i);

@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Context at = context_of(state, channel);
   const DeviceState& device = at.device;
   const bool to_network = device.ranks_per_node() == 1 && device.nodes > 1;
+  note_begin(at.clock());
   if (block_may_run(device)) {
-    note_begin(at);
     if (to_network && warp_in_grid() == 0) {
       submit_empty(at, Operation::kCombine, [&](uint32_t node) {
         return at.channel.first_row[node + 1] - at.channel.first_row[node];

@@ -75,8 +75,8 @@ inline constexpr size_t kWaitingKernels = 2;
 
 /// One half of one round on the device's clock, in nanoseconds.
 struct HalfClock {
-  uint64_t begun = 0;  ///< its first kernel
-  uint64_t ended = 0;  ///< the last warp of its last kernel
+  uint64_t begun_complement = 0;  ///< of its first block's begin: the earliest has the largest. 0: not begun
+  uint64_t ended = 0;             ///< the last warp of its last kernel
   uint64_t longest_wait[kWaitingKernels] = {};
 };
 

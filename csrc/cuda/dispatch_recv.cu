@@ -14,10 +14,13 @@ DP_DEVICE Context context_of(const DeviceState* state, uint32_t channel, uint32_
   return {*state, state->channels[channel], channel, Half::kDispatchRecv, waiting_kernel};
 }
 
-/// Called by whole blocks of the first kernel. The first block's last warp has least to do.
-DP_DEVICE void begin_half(const Context& at) {
-  note_begin(at);
+/// Called by all blocks of the half's first kernel when they start. The first one's last warp, which has
+/// least to do, counts the last round.
+DP_DEVICE bool begin_half(const Context& at) {
+  note_begin(at.clock());
+  if (!block_may_run(at.device)) return false;
   if (blockIdx.x == 0 && warp_id() == kWarps - 1) count_last_round(at);
+  return true;
 }
 
 DP_DEVICE const std::byte* slot_of(const Context& at, uint32_t source_node) {
@@ -291,11 +294,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   DP_SHARED_ARRAY(TileScratch, scratch, kWarps);
   DP_SHARED(Arrivals, arrived);
   const Context at = context_of(state, channel, 0);
-  const DeviceState& device = at.device;
-  if (!block_may_run(device)) return;
-  begin_half(at);
+  if (!begin_half(at)) return;
   uint32_t done = 0;
-  const uint32_t nodes = nodes_of_block(device);
+  const uint32_t nodes = nodes_of_block(at.device);
   for (uint32_t taken = 0; taken < nodes; taken += arrived.count) {
     __syncthreads();  // all have read arrived.count
     if (warp_id() == 0) watch_slots(at, nodes, done, arrived);
@@ -314,9 +315,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   DP_SHARED_ARRAY(uint32_t, first_row, kMaxRanks + 1);
   const Context at = context_of(state, channel, 1);
   const DeviceState& device = at.device;
-  bool ready = block_may_run(device);
+  bool ready = device.nodes == 1 ? begin_half(at) : block_may_run(device);
   if (ready) {
-    if (device.nodes == 1) begin_half(at);
     // The caller may write into the results next, from which the last round's writes went if there is one
     // rank per node; otherwise into the combine staging.
     bool mine = threadIdx.x != 0 || wait_until_sent(at, Operation::kCombine);

@@ -68,9 +68,8 @@ DP_DEVICE void publish_totals(const Context& at) {
   dp::st_relaxed_sys(&at.channel.totals->rounds, totals.rounds);
 }
 
-/// Starts the round. Called by the last block of route_tokens(), which began at `begun`, when all tokens are
-/// marked.
-DP_DEVICE void start_round(const Context& at, uint32_t tokens, uint64_t begun) {
+/// Starts the round. Called by the last block of route_tokens(), when all tokens are marked.
+DP_DEVICE void start_round(const Context& at, uint32_t tokens) {
   const DeviceState& device = at.device;
   for (uint32_t set = warp_id(); set < device.destinations(); set += kWarps) {
     const uint32_t rows = count_set(at.channel.sent + size_t{set} * device.token_tiles, tiles_of(tokens));
@@ -84,7 +83,6 @@ DP_DEVICE void start_round(const Context& at, uint32_t tokens, uint64_t begun) {
   if (threadIdx.x == 0) {
     at.counters().tokens = tokens;
     ++at.counters().round;
-    at.clock().begun = begun;
     at.counters().totals.tokens += tokens;
     ++at.counters().totals.rounds;
     publish_totals(at);
@@ -212,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     route_tokens(const DeviceState* __restrict__ state, uint32_t channel, const DispatchInput input) {
   DP_SHARED_ARRAY(TileScratch, scratch, kWarps);
   const Context at = context_of(state, channel);
-  const uint64_t begun = dp::global_timer();
+  note_begin(at.clock_of(at.counters().round + 1));
   const uint32_t tokens = tokens_of(input);
   if (block_may_run(at.device)) {
     if (tokens > input.tokens) {
@@ -222,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       if (at.device.lost_experts > 0) count_dropped(at, input, tokens);
     }
   }
-  if (is_last_block(at) && block_may_run(at.device)) start_round(at, tokens, begun);
+  if (is_last_block(at) && block_may_run(at.device)) start_round(at, tokens);
 }
 
 template <Quantisation kQuantisation>

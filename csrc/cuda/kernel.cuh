@@ -35,8 +35,10 @@ struct Context {
   uint32_t waiting_kernel = 0;  ///< which of the half's kernels that wait
 
   DP_DEVICE ChannelCounters& counters() const { return *channel.counters; }
-  DP_DEVICE HalfClock& clock() const {
-    return counters().clocks[counters().round % 2][static_cast<uint32_t>(half)];
+  DP_DEVICE HalfClock& clock() const { return clock_of(counters().round); }
+  /// Of a round: this one, the one before, or the next one once the one before is counted.
+  DP_DEVICE HalfClock& clock_of(uint32_t round) const {
+    return counters().clocks[round % 2][static_cast<uint32_t>(half)];
   }
   DP_DEVICE std::byte* arena() const { return device.arenas[device.index]; }
   DP_DEVICE const Layout& layout() const { return device.layout; }

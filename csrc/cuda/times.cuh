@@ -6,9 +6,10 @@
 
 namespace efa_ep::cuda {
 
-/// Called by all threads of the half's first kernel.
-DP_DEVICE void note_begin(const Context& at) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) at.clock().begun = dp::global_timer();
+/// Called by all threads of the half's first kernel, before the block's first barrier: so no wait begins
+/// before its half, whichever block starts first.
+DP_DEVICE void note_begin(HalfClock& clock) {
+  if (threadIdx.x == 0) dp::red_max_gpu(&clock.begun_complement, ~dp::global_timer());
 }
 /// Called by warps of the half's last kernel when they have done their part.
 DP_DEVICE void note_end(const Context& at) {
@@ -46,7 +47,9 @@ DP_DEVICE void count_last_round(const Context& at) {
       waited += waits[i].nanoseconds;
       clock.longest_wait[i] = 0;
     }
-    count_duration(counters.times.halves[half], at.channel.times->halves[half], clock.ended - clock.begun);
+    count_duration(counters.times.halves[half], at.channel.times->halves[half],
+                   clock.ended - ~clock.begun_complement);
+    clock.begun_complement = 0;
     count_duration(counters.times.waits[half], at.channel.times->waits[half], waited);
   }
   for (uint32_t turn = 0; turn < kHalves; ++turn) {  // several halves may have waited for the same rank
