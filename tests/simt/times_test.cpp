@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "cuda_world.h"
+#include "engine/simt.h"
 #include "small_world.h"
 
 namespace efa_ep {
@@ -44,12 +45,19 @@ TEST_P(Times, OfALateRankCountOnceAndForIt) {
   options.num_sms = 1;  // GPUs start the first block first, and it notes the time; the engine starts any
   CudaWorld world(config, options);
   Planner planner(config);
+  const uint64_t start = simt::global_timer();
   for (uint32_t number = 1; number <= kRounds; ++number) {
     const std::vector<RankRound> round = planner.plan();
     const auto late = number == 1 ? kLate : std::chrono::milliseconds(0);
     exchange(world, Half::kDispatchSend, round, late);
     exchange(world, Half::kCombineSend, round, late);
     for (uint32_t rank = 0; rank < config.world(); ++rank) world.rank(rank).check();
+  }
+  const uint64_t elapsed = simt::global_timer() - start;
+  for (uint32_t rank = 0; rank < config.world(); ++rank) {
+    uint64_t halves = 0;  // which follow one another
+    for (const auto& half : world.rank(rank).times(0).halves) halves += half.total_ns;
+    EXPECT_LE(halves, elapsed) << "rank " << rank;
   }
   const cuda::ChannelTimes& times = world.rank(0).times(0);
   // The engine's clock is at least a quarter as fast as the world's.
