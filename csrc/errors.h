@@ -41,8 +41,9 @@ class TransportError : public Error {
   int64_t peer;
 };
 
-/// "rank 3", "ranks 1, 2"
+/// "rank 3", "ranks 1, 2", "nobody"
 inline std::string rank_names(const std::vector<uint32_t>& ranks) {
+  if (ranks.empty()) return "nobody";
   std::string text = ranks.size() == 1 ? "rank " : "ranks ";
   for (size_t i = 0; i < ranks.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(ranks[i]);
   return text;
@@ -53,8 +54,8 @@ class RankTimeoutError : public Error {
  public:
   RankTimeoutError(const std::string& what, std::string half, uint32_t round, std::vector<uint32_t> missing)
       : Error(what), half(std::move(half)), round(round), missing(std::move(missing)) {}
-  std::string half;               ///< dispatch_send, dispatch_recv, combine_send or combine_recv
-  uint32_t round;                 ///< the round that could not finish
+  std::string half;               ///< a half, "drain", or "link" (link_measurement.h)
+  uint32_t round;                 ///< the round that could not finish; of a link its session, of a drain 0
   std::vector<uint32_t> missing;  ///< ranks whose data or signal this rank was waiting for
 };
 

@@ -1,5 +1,4 @@
 // combine_send and combine_recv.
-#include <algorithm>
 #include <array>
 #include <set>
 
@@ -114,11 +113,12 @@ const std::byte* CpuDevice::results_of(uint32_t channel_index, uint32_t source_n
   const uint64_t first = word(own_arena(), flag + sizeof(uint64_t)).load(std::memory_order_relaxed);
   const RoundWord offered = read_word(flag);
   if (offered.rows != rows || first > capacity() - rows) {
-    throw ProtocolError(
-        "rank " + std::to_string(topology_.rank_at(node_, owner)) + " offers results " +
-        std::to_string(first) + " to " + std::to_string(first + offered.rows) + " for tokens of rank " +
-        std::to_string(topology_.rail_peer(options_.rank, source_node)) + ", but " + std::to_string(rows) +
-        " rows of at most " + std::to_string(capacity()) + " were sent to it");
+    throw ProtocolError("rank " + std::to_string(topology_.rank_at(node_, owner)) + " offers results " +
+                        std::to_string(first) + " to " + std::to_string(first + offered.rows) +
+                        " for tokens of rank " +
+                        std::to_string(topology_.rail_peer(options_.rank, source_node)) + ", but " +
+                        std::to_string(rows) + " rows of at most " + std::to_string(capacity()) +
+                        " were sent to it; its memory was overwritten by a foreign writer");
   }
   return arenas_[owner] + layout_.results(channel_index) + first * layout_.combine_row();
 }
@@ -199,7 +199,8 @@ bool CpuDevice::sums_arrived(uint32_t channel_index, uint32_t node) const {
   if (arrived.rows != sent) {
     throw ProtocolError("rank " + std::to_string(topology_.rail_peer(options_.rank, node)) +
                         " announced results for " + std::to_string(arrived.rows) + " tokens, but " +
-                        std::to_string(sent) + " were sent to it");
+                        std::to_string(sent) +
+                        " were sent to it; its memory was overwritten by a foreign writer");
   }
   return true;
 }
@@ -210,7 +211,7 @@ void CpuDevice::combine_recv(uint32_t channel_index, std::byte* out) {
   Channel& channel = channels_[channel_index];
   channel.missing = kNobody;
   wait(
-      Half::kCombineRecv, channel, [&] { return combine_ready(channel_index); },
+      channel, [&] { return combine_ready(channel_index); },
       [&] {
         std::set<uint32_t> missing;
         for (uint32_t node = 0; node < topology_.nodes(); ++node) {

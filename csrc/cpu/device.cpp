@@ -33,8 +33,11 @@ CpuDevice::CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> ar
       channels_(layout_.channels) {
   counters_.waited_for_ns = std::vector<std::atomic<uint64_t>>(topology_.world);
   if (arenas_.size() != topology_.ranks_per_node || (topology_.nodes() > 1 && proxy_ == nullptr)) {
-    throw ConfigurationError(
-        "a device needs the arena of every rank of its node, and a proxy if there are several nodes");
+    throw ConfigurationError("rank " + std::to_string(options.rank) + " got " +
+                             std::to_string(arenas_.size()) + " arenas and " +
+                             (proxy_ == nullptr ? "no" : "a") + " proxy; a device needs the arenas of all " +
+                             std::to_string(topology_.ranks_per_node) +
+                             " ranks of its node, and a proxy if there are several nodes");
   }
   for (uint32_t channel_index = 0; channel_index < channels_.size(); ++channel_index) {
     Channel& channel = channels_[channel_index];
@@ -136,12 +139,9 @@ void CpuDevice::post_rows(uint32_t channel_index, Operation operation, uint32_t 
                           .first_row = static_cast<uint16_t>(first),
                           .rows = static_cast<uint16_t>(count)};
     if (!proxy_->try_submit(command)) {
-      const Half half = operation == Operation::kDispatch ? Half::kDispatchSend : Half::kCombineSend;
       const uint32_t peer = topology_.rail_peer(options_.rank, node);
       channel.missing = peer;
-      wait(
-          half, channel, [&] { return proxy_->try_submit(command); },
-          [&] { return std::vector<uint32_t>{peer}; });
+      wait(channel, [&] { return proxy_->try_submit(command); }, [&] { return std::vector<uint32_t>{peer}; });
     }
     ++channel.submitted[static_cast<size_t>(operation)];
   }
@@ -156,6 +156,7 @@ bool CpuDevice::sent(uint32_t channel_index, Operation operation) const {
 }
 
 std::vector<uint32_t> CpuDevice::unfinished_peers() const {
+  if (proxy_ == nullptr) return {};
   std::vector<uint32_t> ranks;
   for (const uint32_t node : proxy_->unfinished_destinations()) {
     ranks.push_back(topology_.rail_peer(options_.rank, node));
@@ -164,44 +165,54 @@ std::vector<uint32_t> CpuDevice::unfinished_peers() const {
 }
 
 // Every wait of the device: does the proxy's work meanwhile, and ends with an error at the deadline. Its time
-// is put down to the rank that was missing last.
-void CpuDevice::wait(Half half, Channel& channel, const std::function<bool()>& ready,
+// is put down to the rank that was missing last. Inside another wait, for room in the ring, it is that
+// wait's.
+void CpuDevice::wait(Channel& channel, const std::function<bool()>& ready,
                      const std::function<std::vector<uint32_t>()>& missing) {
   if (ready()) return;
   const uint32_t round = channel.round;
-  const auto half_index = static_cast<size_t>(half);
-  ScopedTimer timer(counters_.wait_ns[half_index], channel.wait_ns[half_index], channel.trace,
-                    span_of(TraceSpan::Kind::kWait, half, channel));
+  const auto half = static_cast<size_t>(channel.half);
+  const WaitScope scope(channel);
+  std::optional<ScopedTimer> timer;
+  if (scope.outermost) {
+    timer.emplace(counters_.wait_ns[half], channel.wait_ns[half], channel.trace,
+                  span_of(TraceSpan::Kind::kWait, channel.half, channel));
+  }
   const Proxy::Waiting waiting(proxy_);
   const auto start = options_.clock->now();
   auto last_interrupt_check = start;
-  const auto describe = [&] {
+  const auto describe = [&](const std::vector<uint32_t>& ranks) {
     const double seconds = std::chrono::duration<double>(options_.clock->now() - start).count();
-    return std::string(kHalfNames[static_cast<size_t>(half)]) + " of round " + std::to_string(round) +
-           " on rank " + std::to_string(options_.rank) + " waited " + std::to_string(seconds) + " s for " +
-           rank_names(missing());
+    return std::string(kHalfNames[half]) + " of round " + std::to_string(round) + " on rank " +
+           std::to_string(options_.rank) + " waited " + std::to_string(seconds) + " s for " +
+           rank_names(ranks);
+  };
+  const auto over = [&] {
+    if (!ready()) return false;
+    if (!timer) return true;
+    timer->span().peer = channel.missing;
+    if (channel.missing != kNobody) {
+      const std::chrono::nanoseconds waited = options_.clock->now() - start;
+      counters_.waited_for_ns[channel.missing] += static_cast<uint64_t>(waited.count());
+    }
+    return true;
   };
   for (uint32_t turn = 1;; ++turn) {
     const bool moved = proxy_ != nullptr && proxy_->help();
-    if (ready()) {
-      timer.span().peer = channel.missing;
-      if (channel.missing != kNobody) {
-        const std::chrono::nanoseconds waited = options_.clock->now() - start;
-        counters_.waited_for_ns[channel.missing] += static_cast<uint64_t>(waited.count());
-      }
-      return;
-    }
+    if (over()) return;
     bool nap = false;
     // Also while something moves: it may be another channel's, and this wait has a deadline of its own.
     if (turn % kTurnsPerClockCheck == 0) {
       if (proxy_ != nullptr) proxy_->throw_if_failed();
       const auto now = options_.clock->now();
       if (now - start >= options_.timeout) {
-        throw RankTimeoutError(describe(), kHalfNames[static_cast<size_t>(half)], round, missing());
+        const std::vector<uint32_t> ranks = missing();
+        if (ranks.empty() && over()) return;  // the last of it came between the two looks
+        throw RankTimeoutError(describe(ranks), kHalfNames[half], round, ranks);
       }
       if (options_.check_interrupt && now - last_interrupt_check > kInterruptCheckTime) {
         last_interrupt_check = now;
-        options_.check_interrupt({kHalfNames[static_cast<size_t>(half)], round, describe});
+        options_.check_interrupt({kHalfNames[half], round, [&] { return describe(missing()); }});
       }
       nap = now - start > kYieldTime;
     }

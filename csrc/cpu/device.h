@@ -1,8 +1,8 @@
 // The four halves for memory that the CPU reads and writes. Each is called by one thread per channel.
 //
-// A send half waits for nobody. A receive half waits for other ranks, does this rank's share of their traffic
-// meanwhile (forwarding dispatch rows, summing partials of its rail), and raises RankTimeoutError at its
-// deadline.
+// A send half waits for nobody but room in the proxy's ring. A receive half waits for other ranks, does this
+// rank's share of their traffic meanwhile (listing dispatched rows for their owners, summing results of its
+// rail). All waits raise RankTimeoutError at their deadline.
 #pragma once
 
 #include <array>
@@ -11,7 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <string>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "clock.h"
@@ -59,8 +60,9 @@ struct DispatchInput {
   const int32_t* token_count = nullptr;  ///< if not null, how many of them count
 };
 
-/// Where received rows go. In the per_token layout M = received_rows(); in the per_expert layout the payload
-/// is [local experts, capacity] rows with capacity = world * max_tokens, and ids and weights are not written.
+/// Where received rows go. In the per_token layout M is what dispatch_wait() returned; in the per_expert
+/// layout the payload is [local experts, capacity] rows with capacity = world * max_tokens, and ids and
+/// weights are not written.
 struct DispatchOutput {
   std::byte* x = nullptr;                ///< [M] rows, or [experts, capacity] rows, of payload_bytes
   std::byte* scales = nullptr;           ///< likewise of scale_bytes
@@ -169,7 +171,21 @@ class CpuDevice {
     std::array<uint64_t, kOperations> submitted{};       // writes handed to the proxy so far
     std::array<uint64_t, kHalves> half_ns{}, wait_ns{};  // of the round in flight
     TraceBuffer trace;
+    Half half = Half::kDispatchSend;  // the one that runs, or ran last
+    bool waiting = false;
     uint32_t missing = kNobody;  // a rank that was missing when somebody last looked
+  };
+  /// A wait of a channel. They nest: summing results for the network may have to wait for room in the ring.
+  struct WaitScope {
+    explicit WaitScope(Channel& channel)
+        : channel(channel), outermost(!std::exchange(channel.waiting, true)) {}
+    ~WaitScope() {
+      if (outermost) channel.waiting = false;
+    }
+    WaitScope(const WaitScope&) = delete;
+    WaitScope& operator=(const WaitScope&) = delete;
+    Channel& channel;
+    const bool outermost;
   };
   struct AtomicCounters {
     std::atomic<uint64_t> rounds{0}, tokens{0}, network_rows{0}, peer_rows{0}, received_rows{0},
@@ -221,6 +237,7 @@ class CpuDevice {
   bool sent(uint32_t channel_index, Operation operation) const;
   std::vector<uint32_t> unfinished_peers() const;
   ScopedTimer time_half(Half half, Channel& channel) {
+    channel.half = half;
     const auto index = static_cast<size_t>(half);
     return {counters_.half_ns[index], channel.half_ns[index], channel.trace,
             span_of(TraceSpan::Kind::kHalf, half, channel)};
@@ -232,7 +249,7 @@ class CpuDevice {
             .round = channel.round + (half == Half::kDispatchSend && channel.stage == Stage::kIdle)};
   }
   void record_round(Channel& channel);
-  void wait(Half half, Channel& channel, const std::function<bool()>& ready,
+  void wait(Channel& channel, const std::function<bool()>& ready,
             const std::function<std::vector<uint32_t>()>& missing);
   OwnerList owners_of(const RowIds& ids) const;
   bool is_own(int32_t id) const { return id >= 0 && placement_.owner(id) == options_.rank; }

@@ -226,7 +226,7 @@ uint32_t CpuDevice::dispatch_wait(uint32_t channel_index) {
   Channel& channel = channels_[channel_index];
   channel.missing = kNobody;
   wait(
-      Half::kDispatchRecv, channel, [&] { return dispatch_ready(channel_index); },
+      channel, [&] { return dispatch_ready(channel_index); },
       [&] {
         std::set<uint32_t> missing;
         for (const Source& source : channel.sources) {
@@ -260,7 +260,8 @@ bool CpuDevice::receive_sources(uint32_t channel_index) {
     if (arrived.rows > layout_.max_tokens) {
       throw ProtocolError("rank " + std::to_string(source.rank) + " announced " +
                           std::to_string(arrived.rows) + " rows, more than max_tokens_per_rank (" +
-                          std::to_string(layout_.max_tokens) + ")");
+                          std::to_string(layout_.max_tokens) +
+                          "); its memory was overwritten by a foreign writer");
     }
     if (own_rail) {
       forward(channel_index, source, arrived.rows);
@@ -283,7 +284,7 @@ void CpuDevice::take_list(uint32_t channel_index, Source& source, uint32_t rows)
     if (row < limit) continue;
     throw ProtocolError("rank " + std::to_string(topology_.rank_at(node_, source.holder)) + " lists row " +
                         std::to_string(row) + " of rank " + std::to_string(source.rank) + ", which has " +
-                        std::to_string(limit));
+                        std::to_string(limit) + "; its memory was overwritten by a foreign writer");
   }
 }
 

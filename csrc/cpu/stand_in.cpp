@@ -23,8 +23,13 @@ CpuDeviceOptions stoppable(CpuDeviceOptions options, const std::atomic<bool>& st
 StandIn::StandIn(CpuDeviceOptions options, std::vector<std::byte*> arenas, Proxy* proxy)
     : channels_(options.layout.channels),
       device_(stoppable(std::move(options), stop_), std::move(arenas), proxy) {
-  for (uint32_t channel = 0; channel < channels_.size(); ++channel) {
-    threads_.emplace_back(&StandIn::serve, this, channel);
+  try {
+    for (uint32_t channel = 0; channel < channels_.size(); ++channel) {
+      threads_.emplace_back(&StandIn::serve, this, channel);
+    }
+  } catch (...) {  // no more threads: those that run have to end before their handles
+    stop();
+    throw;
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <thread>
@@ -180,6 +181,67 @@ TEST(Interrupt, EndsAWaitWithTheCallersOwnError) {
     EXPECT_EQ(interrupted.wait.find("dispatch_recv of round 1 on rank 0 waited"), 0u) << interrupted.wait;
     EXPECT_NE(interrupted.wait.find("for rank 1"), std::string::npos) << interrupted.wait;
   }
+}
+
+/// A world of two local ranks without tokens. Rank 0's combine_recv has nothing to wait for but rank 1's
+/// combine_send, which the test does between two looks of rank 0's: its device has the test's options.
+class BetweenTwoLooks : public testing::Test {
+ protected:
+  /// Runs rank 0 up to its combine_recv and returns its device.
+  std::unique_ptr<CpuDevice> combine_sent(CpuDeviceOptions options) {
+    options.layout = config_.layout;
+    options.expert_owner = config_.expert_owner;
+    auto device =
+        std::make_unique<CpuDevice>(options, std::vector{world_.arena(0), world_.arena(1)}, nullptr);
+    for (CpuDevice* rank : {device.get(), &world_.device(1)}) rank->dispatch_send(0, {});
+    for (CpuDevice* rank : {device.get(), &world_.device(1)}) {
+      int32_t tokens_per_expert = 0;
+      EXPECT_EQ(rank->dispatch_wait(0), 0u);
+      rank->dispatch_pack(0, {.tokens_per_expert = &tokens_per_expert});
+    }
+    device->combine_send(0, {.rows = device->results(0)});
+    return device;
+  }
+  void send_from_rank_1() {
+    if (!std::exchange(sent_, true)) world_.device(1).combine_send(0, {.rows = world_.device(1).results(0)});
+  }
+
+ private:
+  const WorldConfig config_ = small_config(1, 2);
+  World world_{config_};
+  bool sent_ = false;
+};
+
+TEST_F(BetweenTwoLooks, AWaitThatIsOverNamesNobody) {
+  std::vector<std::string> waits;
+  CpuDeviceOptions options;
+  options.check_interrupt = [&](const Wait& wait) {
+    send_from_rank_1();
+    waits.push_back(wait.describe());
+  };
+  combine_sent(options)->combine_recv(0, nullptr);
+  ASSERT_FALSE(waits.empty());
+  EXPECT_TRUE(waits.front().ends_with(" for nobody")) << waits.front();
+}
+
+TEST_F(BetweenTwoLooks, WhatComesAtTheDeadlineIsInTime) {
+  struct Clock final : DeadlineClock {
+    TimePoint now() const override {
+      if (calls++ == 0) return {};
+      at_deadline();
+      return TimePoint(std::chrono::hours(1));
+    }
+    std::function<void()> at_deadline;
+    mutable int calls = 0;
+  } clock;
+  clock.at_deadline = [this] { send_from_rank_1(); };
+  CpuDeviceOptions options;
+  options.timeout = std::chrono::seconds(1);
+  options.clock = &clock;
+  const std::unique_ptr<CpuDevice> device = combine_sent(options);
+  EXPECT_EQ(clock.calls, 0);
+  device->combine_recv(0, nullptr);
+  EXPECT_GT(clock.calls, 1);
 }
 
 /// A dispatch row that names one expert.
