@@ -23,7 +23,6 @@
 #include <memory>
 #include <optional>
 #include <random>
-#include <string>
 #include <unordered_map>
 #include <vector>
 

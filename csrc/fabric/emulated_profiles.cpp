@@ -86,7 +86,7 @@ EmulatedProfile hostile() {
   profile.mtu = 64;
   profile.interleaved_writes = 4;
   profile.send_queue_depth = 4;
-  profile.completion_queue_depth = 4 + 4 * 128;  // the least that two channels need with 128 nodes
+  profile.completion_queue_depth = 4 + 4 * 128;  // enough for two channels with 129 nodes
   profile.max_write_bytes = uint64_t{1} << 24;
   profile.retransmit_timeout = microseconds(300);
   profile.lost_pieces_per_million = 20'000;

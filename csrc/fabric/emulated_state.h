@@ -1,7 +1,6 @@
 // The hosts, NICs and writes of an emulated network, between events.
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <deque>

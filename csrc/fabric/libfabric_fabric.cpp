@@ -1,7 +1,5 @@
 #include "fabric/libfabric_fabric.h"
 
-#include <algorithm>
-
 #include "errors.h"
 #include "protocol/limits.h"
 

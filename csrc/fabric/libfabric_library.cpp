@@ -3,7 +3,6 @@
 #include <dlfcn.h>
 #include <link.h>
 #include <rdma/fabric.h>
-#include <rdma/fi_errno.h>
 
 #include <algorithm>
 #include <cstdlib>

@@ -160,8 +160,7 @@ std::vector<InfoPtr> choose_efa_nics(std::vector<InfoPtr> found, const Libfabric
   found.erase(repeated.begin(), repeated.end());
   std::vector<std::string> domains;
   for (const InfoPtr& info : found) domains.emplace_back(info->domain_attr->name);
-  std::vector<size_t> indices = domains_of(domains, options.rdma_devices);
-  if (options.nics > 0 && indices.size() > options.nics) indices.resize(options.nics);
+  std::vector<size_t> indices = near_nics(domains, options);
   if (indices.empty()) {
     if (!options.rdma_devices.empty())
       note = "none of the NICs near this rank's GPU (" + join(options.rdma_devices) + ") is usable here";
@@ -268,13 +267,20 @@ std::vector<size_t> share_of_nics(size_t available, const LibfabricOptions& opti
   return share;
 }
 
-std::vector<size_t> domains_of(const std::vector<std::string>& domains,
-                               const std::vector<std::string>& rdma_devices) {
+std::vector<size_t> near_nics(const std::vector<std::string>& domains, const LibfabricOptions& options) {
   std::vector<size_t> indices;
   for (size_t i = 0; i < domains.size(); ++i) {
     const std::string device = domains[i].substr(0, domains[i].rfind('-'));
-    if (std::ranges::find(rdma_devices, device) != rdma_devices.end()) indices.push_back(i);
+    if (std::ranges::find(options.rdma_devices, device) != options.rdma_devices.end()) indices.push_back(i);
   }
+  if (options.nics == 0 || indices.empty()) return indices;
+  if (options.nics > indices.size()) {
+    throw ConfigurationError("EFA_EP_NICS_PER_RANK is " + std::to_string(options.nics) + ", but only " +
+                             std::to_string(indices.size()) +
+                             " of this host's EFA NICs are near this rank's GPU (" +
+                             join(options.rdma_devices) + "). Use 0 for all of those, or at most that many.");
+  }
+  indices.resize(options.nics);
   return indices;
 }
 

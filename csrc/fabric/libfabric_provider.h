@@ -56,9 +56,10 @@ ProviderChoice choose_provider(const LibfabricLibrary& library, const LibfabricO
 /// ranks as long as there are enough. Throws ConfigurationError if more are wanted than there are.
 std::vector<size_t> share_of_nics(size_t available, const LibfabricOptions& options);
 
-/// Which of the domains, by name, belong to these RDMA devices: "rdmap79s0-rdm" to "rdmap79s0".
-std::vector<size_t> domains_of(const std::vector<std::string>& domains,
-                               const std::vector<std::string>& rdma_devices);
+/// Which of the domains, by name, belong to options.rdma_devices, "rdmap79s0-rdm" to "rdmap79s0"; the first
+/// options.nics of them, if that is not 0. Throws ConfigurationError if more are wanted than there are,
+/// unless there are none.
+std::vector<size_t> near_nics(const std::vector<std::string>& domains, const LibfabricOptions& options);
 
 /// Names of the EFA devices that the kernel lists, usable or not.
 std::vector<std::string> efa_devices(const std::filesystem::path& sysfs_class);

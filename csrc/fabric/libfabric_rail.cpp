@@ -383,7 +383,7 @@ size_t LibfabricRail::read_error(Completion& completion) {
   completion = Completion{};
   completion.kind = CompletionKind::kError;
   completion.context = write->context;
-  completion.error = "write to " + peer_name(write->peer) + " failed: " + text;
+  completion.error = std::move(text);
   release(*write);
   return 1;
 }

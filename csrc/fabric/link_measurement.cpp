@@ -116,7 +116,10 @@ class LinkEnd {
       if (completion.kind == CompletionKind::kArrival) {
         if (completion.immediate / kKinds == plan_.session) ++arrived_[completion.immediate % kKinds];
       } else if (completion.context == plan_.session) {
-        if (completion.kind == CompletionKind::kError) throw TransportError(completion.error, plan_.peer);
+        if (completion.kind == CompletionKind::kError) {
+          throw TransportError(
+              "a write to rank " + std::to_string(plan_.peer) + " failed: " + completion.error, plan_.peer);
+        }
         ++completed_;
       }
     }

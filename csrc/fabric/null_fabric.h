@@ -2,7 +2,6 @@
 // own cost.
 #pragma once
 
-#include <algorithm>
 #include <deque>
 #include <string>
 

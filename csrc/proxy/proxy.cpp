@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -142,16 +143,16 @@ void Proxy::drain(std::chrono::nanoseconds timeout, const InterruptCheck& check_
     throw_if_failed();
     // The rings first: another thread may move a command from there to its destination at any time.
     const bool ring_empty = ring_.empty() && device_ring_empty();
-    const std::vector<uint32_t> nodes = unfinished_destinations();
-    if (ring_empty && nodes.empty() && tiles_idle()) return;
-    std::vector<uint32_t> ranks;
-    for (const uint32_t node : nodes)
-      ranks.push_back(options_.layout.topology.rail_peer(options_.rank, node));
+    const std::set<uint32_t> unfinished = unfinished_peers();
+    if (ring_empty && unfinished.empty() && tiles_idle()) return;
+    const std::vector<uint32_t> ranks(unfinished.begin(), unfinished.end());
     const auto now = kSteadyClock.now();
     const auto describe = [&] {
       const double seconds = std::chrono::duration<double>(now - start).count();
       return "drain on rank " + std::to_string(options_.rank) + " waited " + std::to_string(seconds) +
-             " s for the completion of writes to " + rank_names(ranks);
+             " s for " +
+             (ranks.empty() ? "its proxy to take commands"
+                            : "the completion of writes to " + rank_names(ranks));
     };
     if (now - start > timeout) throw RankTimeoutError(describe(), "drain", 0, ranks);
     if (check_interrupt && now - last_interrupt_check > kInterruptCheckTime) {
@@ -170,6 +171,16 @@ std::vector<uint32_t> Proxy::unfinished_destinations() {
     if (destination.outstanding > 0 || destination.next < destination.queue.size()) nodes.push_back(node);
   }
   return nodes;
+}
+
+std::set<uint32_t> Proxy::unfinished_peers() {
+  std::set<uint32_t> ranks;
+  for (const uint32_t node : unfinished_destinations()) {
+    ranks.insert(options_.layout.topology.rail_peer(options_.rank, node));
+  }
+  const std::lock_guard lock(work_);
+  if (options_.tiles != nullptr) ranks.merge(options_.tiles->unfinished_peers());
+  return ranks;
 }
 
 bool Proxy::device_ring_empty() {
@@ -224,8 +235,10 @@ void Proxy::pin_thread() {
   const int result = pthread_setaffinity_np(pthread_self(), sizeof cpus, &cpus);
   if (result == 0) return;
   const std::lock_guard lock(work_);
-  fail(std::make_exception_ptr(ConfigurationError("the proxy's thread cannot run on the CPUs near its GPU (" +
-                                                  std::string(std::strerror(result)) +
+  std::string names;
+  for (const uint32_t cpu : options_.cpus) names += (names.empty() ? "" : ", ") + std::to_string(cpu);
+  fail(std::make_exception_ptr(ConfigurationError("the proxy's thread cannot run on the CPUs near its GPU, " +
+                                                  names + " (" + std::strerror(result) +
                                                   "); give the process CPUs of that NUMA node")));
 }
 
@@ -397,6 +410,7 @@ void Proxy::on_arrival(uint32_t bits) {
 }
 
 void Proxy::fail(std::exception_ptr error) {
+  if (failed_.load(std::memory_order_relaxed)) return;  // the first one counts, and others may be reading it
   failure_ = std::move(error);
   failed_.store(true, std::memory_order_release);
 }

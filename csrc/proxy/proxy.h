@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -132,6 +133,7 @@ class Proxy {
   void wake();
   bool tiles_idle();
   bool device_ring_empty();
+  std::set<uint32_t> unfinished_peers();
   bool next_command(Command& command);
   bool progress();
   bool poll();

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <string>
-#include <utility>
 
 #include "errors.h"
 #include "protocol/chunking.h"
@@ -153,12 +152,18 @@ bool TilePuts::post_one(uint32_t peer) {
   Destination& destination = destinations_[peer];
   if (destination.outstanding >= window_) {
     add(counters_.waits, 1);
+    destination.refusal.note(peer, options_.clock->now(), options_.timeout);
     return false;
   }
   const WriteRequest request = next_write(destination);
   if (fabric_.post_write(request) == PostResult::kAgain) {
     add(counters_.retries, 1);
-    destination.refusal.note(peer, options_.clock->now(), options_.timeout);
+    if (outstanding_ > destination.outstanding) {
+      // The queue may be full of writes to others, for which this destination must not be blamed.
+      destination.refusal.end();
+    } else {
+      destination.refusal.note(peer, options_.clock->now(), options_.timeout);
+    }
     return false;
   }
   destination.refusal.end();
@@ -211,6 +216,7 @@ void TilePuts::complete(const Completion& completion) {
     throw TransportError("a tile put to rank " + std::to_string(peer) + " failed: " + completion.error, peer);
   }
   --destinations_[peer].outstanding;
+  destinations_[peer].refusal.end();
   --outstanding_;
   add(counters_.completions, 1);
   const size_t number = index(peer, context_group(completion.context));
@@ -246,6 +252,15 @@ void TilePuts::on_arrival(uint32_t bits) {
   group = Incoming{.generation = group.generation + 1};
   add(counters_.signals, 1);
   word(index(immediate.source, immediate.group)).store(group.generation, std::memory_order_release);
+}
+
+std::set<uint32_t> TilePuts::unfinished_peers() const {
+  std::set<uint32_t> peers;
+  for (uint32_t peer = 0; peer < destinations_.size(); ++peer) {
+    const Destination& destination = destinations_[peer];
+    if (destination.outstanding > 0 || !destination.queue.empty()) peers.insert(peer);
+  }
+  return peers;
 }
 
 TilePutCounters TilePuts::counters() const {

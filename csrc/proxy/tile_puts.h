@@ -32,6 +32,7 @@
 #include <chrono>
 #include <cstdint>
 #include <deque>
+#include <set>
 #include <span>
 #include <vector>
 
@@ -107,6 +108,8 @@ class TilePuts {
 
   /// Whether all submitted puts are complete as far as this rank can know. Called by who does the work.
   bool idle() const { return ring_.empty() && queued_ == 0 && outstanding_ == 0; }
+  /// Ranks to which taken puts are not complete yet.
+  std::set<uint32_t> unfinished_peers() const;
   /// In any thread.
   TilePutCounters counters() const;
 

@@ -49,13 +49,22 @@ TEST(ProviderChoice, EfaNicsAreShared) {
   EXPECT_TRUE(contains(message, "is 5, but this host has 4 EFA NICs")) << message;
 }
 
-TEST(ProviderChoice, DomainsAreFoundByTheirRdmaDevices) {
-  const std::vector<std::string> domains = {"rdmap79s0-rdm", "rdmap80s0-rdm", "rdmap7s0-rdm", "efa_0"};
+TEST(ProviderChoice, NicsAreFoundByTheirRdmaDevices) {
+  const auto near = [](const std::vector<std::string>& rdma_devices, uint32_t nics = 0) {
+    LibfabricOptions options;
+    options.rdma_devices = rdma_devices;
+    options.nics = nics;
+    return near_nics({"rdmap79s0-rdm", "rdmap80s0-rdm", "rdmap7s0-rdm", "efa_0"}, options);
+  };
   using Indices = std::vector<size_t>;
-  EXPECT_EQ(domains_of(domains, {"rdmap80s0", "rdmap79s0"}), (Indices{0, 1}));
-  EXPECT_EQ(domains_of(domains, {"rdmap7s0"}), (Indices{2}));
-  EXPECT_EQ(domains_of(domains, {"efa_0", "absent"}), (Indices{3}));
-  EXPECT_EQ(domains_of(domains, {}), (Indices{}));
+  EXPECT_EQ(near({"rdmap80s0", "rdmap79s0"}), (Indices{0, 1}));
+  EXPECT_EQ(near({"rdmap80s0", "rdmap79s0"}, 1), (Indices{0}));
+  EXPECT_EQ(near({"rdmap7s0"}), (Indices{2}));
+  EXPECT_EQ(near({"efa_0", "absent"}), (Indices{3}));
+  EXPECT_EQ(near({}), (Indices{}));
+  EXPECT_EQ(near({"absent"}, 2), (Indices{}));
+  const std::string message = message_of<ConfigurationError>([&] { near({"rdmap80s0", "rdmap79s0"}, 4); });
+  EXPECT_TRUE(contains(message, "is 4, but only 2 of this host's EFA NICs")) << message;
 }
 
 TEST(ProviderChoice, TcpOfOldLibrariesIsCalledNet) {

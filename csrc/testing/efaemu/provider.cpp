@@ -2,7 +2,8 @@
 //
 // It refuses what EFA refuses, insists on what EFA insists on, delivers writes in seeded random order, bounds
 // the queue, and answers misuse that EFA would ignore or corrupt silently with -FI_EINVAL. The carrier is
-// tcp, which libfabric 1.17 calls net. Environment, read when an endpoint is made:
+// tcp, which libfabric 1.17 calls net. Environment, read when libfabric asks for interfaces, opens an
+// endpoint or registers memory:
 //
 //   EFAEMU_DEPTH=64       writes in flight per endpoint; -FI_EAGAIN beyond
 //   EFAEMU_DELAY_US=20    how long a write waits before it may leave, plus
