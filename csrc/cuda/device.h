@@ -2,7 +2,6 @@
 // as exceptions.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>

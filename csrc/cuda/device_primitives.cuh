@@ -12,16 +12,15 @@
 //
 //   ld_nc, ld_na, st_na                16-byte accesses that do not stay in L1; ld_nc only for data that
 //                                      nobody writes while the kernel runs
-//   ld_acquire_{gpu,sys}, ld_relaxed_{gpu,sys}, st_release_sys, st_relaxed_{gpu,sys}
+//   ld_acquire_sys, ld_relaxed_{gpu,sys}, st_release_sys, st_relaxed_{gpu,sys}
 //   st_relaxed_sys_v2                  two adjacent 64-bit words with one store
 //   atom_add_gpu, atom_cas_gpu         relaxed
 //   red_max_gpu                        relaxed, without the old value
 //   atom_add_acq_rel_gpu
 //   fence_{release,acquire}_sys        a release fence followed by relaxed stores is a release pattern for
 //                                      each of them; relaxed loads followed by an acquire fence likewise
-//   DP_BULK_COPIES                     whether the SM's copy engine can be asked (sm_90 on); then, for
-//   16-byte
-//                                      units, aligned so:
+//   DP_BULK_COPIES                     whether the SM's copy engine can be asked (sm_90 on); then, for units
+//                                      of 16 bytes, aligned so:
 //   mbarrier_{init,arrive_expect_tx,try_wait}, bulk_load, bulk_store, bulk_commit_group,
 //   bulk_wait_group, bulk_wait_group_read
 //   fence_proxy_async                  before the copy engine reads what the thread has written or acquired
@@ -107,7 +106,6 @@ DP_DEVICE void st_na(void* p, uint4 v) {
     return old;                                                     \
   }
 
-DP_DEFINE_LOAD(ld_acquire_gpu, "acquire.gpu")
 DP_DEFINE_LOAD(ld_acquire_sys, "acquire.sys")
 DP_DEFINE_LOAD(ld_relaxed_gpu, "relaxed.gpu")
 DP_DEFINE_LOAD(ld_relaxed_sys, "relaxed.sys")

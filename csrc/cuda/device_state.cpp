@@ -66,7 +66,6 @@ void place_channel(const DeviceConfig& config, const DeviceMemory& memory, Parts
   channel.received = parts.take<const std::byte*>(state.capacity());
   if (config.per_expert) {
     channel.of_expert = parts.take<Tile>(size_t{state.local_experts} * state.row_tiles);
-    channel.expert_rows = parts.take<uint32_t>(state.local_experts);
   }
 }
 

@@ -26,10 +26,11 @@ struct Tile {
 inline constexpr uint32_t kTileRows = 32;
 constexpr uint32_t tiles_of(size_t rows) { return static_cast<uint32_t>((rows + kTileRows - 1) / kTileRows); }
 
-/// Where a token's rows go, in the order in which combine sums what comes back: nodes in ascending order, and
-/// in the own node's place its ranks.
+/// Where an expert lives.
 struct ExpertHome {
-  /// Of the expert's rank: one of DeviceState::destinations(), or their number if the rank is gone.
+  /// Of its rank: one of DeviceState::destinations(), or their number if the rank is gone. Destinations are
+  /// in the order in which combine sums what comes back: nodes ascending, and in the own node's place its
+  /// ranks.
   uint32_t destination = 0;
   uint32_t local = 0;  ///< the expert's index among those of its rank
 };
@@ -121,7 +122,6 @@ struct ChannelState {
   uint32_t* first_row = nullptr;         ///< [world + 1] of a source's rows, in the output
   const std::byte** received = nullptr;  ///< [world * max_tokens] where each received row lies
   Tile* of_expert = nullptr;             ///< [local experts][row tiles] received rows by expert (per_expert)
-  uint32_t* expert_rows = nullptr;       ///< [local experts] (per_expert)
   uint32_t* staged[kOperations] = {};    ///< [nodes - 1][max_chunks] rows of a chunk that are ready to go
 };
 

@@ -340,7 +340,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     uint32_t of_expert = 0;
     if constexpr (kPerExpert) {
       of_expert = count_set(at.channel.of_expert + size_t{expert} * device.row_tiles, tiles_of(rows));
-      if (lane_id() == 0) at.channel.expert_rows[expert] = of_expert;
     }
     if (lane_id() == 0) output.tokens_per_expert[expert] = static_cast<int32_t>(of_expert);
   }

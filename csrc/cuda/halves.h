@@ -3,7 +3,7 @@
 //
 // The halves of a channel go in order, in one stream or in streams ordered by events; channels are
 // independent. A send half waits for no rank. A receive half waits on the device, with a deadline. A fault is
-// reported through DeviceMemory::error (device_error.h); kernels after it leave at once and write nothing.
+// reported through DeviceMemory::error (device_error.h); kernels after it leave at once and write no row.
 #pragma once
 
 #include <cstddef>

@@ -107,8 +107,8 @@ class Deadline {
 };
 
 /// Waits until the word at `flag` is of the current round, and acquires what was released with it. `rank` is
-/// whom a fault names. False after a fault. All blocks wait for the same; the first one, which starts first,
-/// notes the time.
+/// whom a fault names. False after a fault. All blocks wait for the same; the first one notes the time for
+/// all, since an atomic of each would hold them up just when the rows have come.
 DP_DEVICE bool wait_for_round(const Context& at, const uint64_t* flag, uint32_t rank, RoundWord& word) {
   Deadline deadline(at, rank);
   while ((word = RoundWord::decode(dp::ld_relaxed_sys(flag))).round != at.counters().round) {

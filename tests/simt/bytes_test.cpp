@@ -185,8 +185,6 @@ class Minimum {
   std::vector<std::vector<Places>> halves_;
 };
 
-constexpr std::array kHalves = {"dispatch_send", "dispatch_recv", "combine_send", "combine_recv"};
-
 WorldConfig world_of(uint32_t nodes, uint32_t ranks, uint32_t experts, const RowShape& row, uint32_t tokens) {
   WorldConfig config;
   config.layout.topology = {nodes * ranks, ranks};
@@ -229,7 +227,7 @@ Totals run_counted(const WorldConfig& config) {
     for (uint32_t rank = 0; rank < config.world(); ++rank) {
       const Places places = counter.take(rank);
       const Places& least = minimum.at(static_cast<Half>(half), rank);
-      EXPECT_EQ(places, least) << kHalves[half] << " of rank " << rank;
+      EXPECT_EQ(places, least) << kHalfNames[half] << " of rank " << rank;
       add(totals.counted[half], places);
       add(totals.least[half], least);
     }
@@ -276,7 +274,7 @@ TEST(Bytes, OfDeepSeekV3) {
   for (size_t half = 0; half < 4; ++half) {
     for (const auto& [place, counted] : totals.counted[half]) {
       const Traffic least = totals.least[half].contains(place) ? totals.least[half].at(place) : Traffic{};
-      std::printf("bytes per token: %s, %s, %.0f, %.0f, %.0f, %.0f\n", kHalves[half], place.c_str(),
+      std::printf("bytes per token: %s, %s, %.0f, %.0f, %.0f, %.0f\n", kHalfNames[half], place.c_str(),
                   per_token(counted.read), per_token(counted.written), per_token(least.read),
                   per_token(least.written));
     }

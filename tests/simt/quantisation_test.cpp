@@ -133,7 +133,7 @@ TEST_P(FusedQuantisation, OfEveryNumberIsEqualOnBothDevices) {
     const TestMemory made(kValues + scale_bytes);
     const simt::stream_t stream = simt::stream_create(0);
     simt::launch_raw(
-        stream, dim3(1), dim3(32), 0,
+        stream, dim3(1), dim3(32),
         [&] {
           DP_SHARED(cuda::RowList, rows);
           if (cuda::lane_id() == 0) rows.row[0] = made.data();

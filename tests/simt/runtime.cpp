@@ -46,7 +46,7 @@ EXPORTED void simt_synchronize() {
 /// cuMemsetD32Async.
 EXPORTED void simt_fill_words(void* stream, uint32_t* words, uint32_t value, size_t count) {
   simt::launch_raw(
-      static_cast<simt::stream_t>(stream), dim3(1), dim3(1), 0, [=] { std::fill_n(words, count, value); },
+      static_cast<simt::stream_t>(stream), dim3(1), dim3(1), [=] { std::fill_n(words, count, value); },
       "fill");
 }
 

@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass
 
 # Programs; PTX has all of them in one.
-SOURCE = ("halves", "faults", "quantisation", "bytes", "rank_loss", "emulated")
+SOURCE = ("halves", "times", "faults", "quantisation", "bytes", "rank_loss", "emulated")
 # Rows of real models, numbers one by one: no matter of schedules. Deadlines of tests are missed when the
 # machine is busy with other seeds. What is too much for a sanitizer leaves itself out.
 LEFT_OUT = ["Models/*", "Bytes.Of*", "*OfEveryNumber*", "All/FaultOnDevice.*"]

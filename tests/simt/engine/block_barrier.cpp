@@ -10,7 +10,6 @@ void complete(Block* b, NamedBarrier& barrier) {
   barrier.generation++;
   barrier.votes[barrier.generation & 1] = 0;
   mark_progress(b);
-  b->worker->stats.barriers++;
   for (uint32_t i : barrier.waiting) set_runnable(b, i);
   barrier.waiting.clear();
 }

@@ -13,9 +13,7 @@
 
 #define threadIdx (::simt::cur().thread_idx)
 #define blockIdx (::simt::cur().block_idx)
-#define blockDim (::simt::cur().block_dim)
 #define gridDim (::simt::cur().grid_dim)
-static constexpr int warpSize = 32;
 
 // ---- barriers, fences, pauses ------------------------------------------------------------------
 
@@ -26,9 +24,6 @@ inline int __syncthreads_and(int predicate) {
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { ::simt::warp_sync(mask); }
 inline void __nanosleep(unsigned) { ::simt::spin_yield(); }
-inline void __threadfence_block() { ::simt::fence(true, true, ::simt::Scope::cta); }
-inline void __threadfence() { ::simt::fence(true, true, ::simt::Scope::gpu); }
-inline void __threadfence_system() { ::simt::fence(true, true, ::simt::Scope::sys); }
 
 // ---- shuffles ----------------------------------------------------------------------------------
 
@@ -67,15 +62,7 @@ inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) 
   return ::simt::shuffle_from(mask, value, source);
 }
 
-template <class T>
-inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  const int lane = static_cast<int>(::simt::cur().lane);
-  int source = lane + static_cast<int>(delta);
-  if (source > (lane | (width - 1))) source = lane;
-  return ::simt::shuffle_from(mask, value, source);
-}
-
-// ---- votes, matches, reductions ----------------------------------------------------------------
+// ---- votes and matches -------------------------------------------------------------------------
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const uint64_t* slots = ::simt::warp_exchange(mask, ::simt::WarpOp::vote, predicate != 0);
@@ -101,50 +88,13 @@ inline unsigned __match_any_sync(unsigned mask, T value) {
   return result;
 }
 
-namespace simt {
-
-template <class T, class F>
-inline T warp_reduce(unsigned mask, T value, F&& combine) {
-  const uint64_t* slots = warp_exchange(mask, WarpOp::reduce, to_bits(value));
-  mask &= existing_lanes();
-  bool first = true;
-  T result{};
-  for (int i = 0; i < 32; i++) {
-    if (!(mask >> i & 1)) continue;
-    const T lane_value = from_bits<T>(slots[i]);
-    result = first ? lane_value : combine(result, lane_value);
-    first = false;
-  }
-  return result;
-}
-
-}  // namespace simt
-
-template <class T>
-inline T __reduce_add_sync(unsigned mask, T value) {
-  return ::simt::warp_reduce(mask, value, [](T a, T b) { return a + b; });
-}
-template <class T>
-inline T __reduce_min_sync(unsigned mask, T value) {
-  return ::simt::warp_reduce(mask, value, [](T a, T b) { return a < b ? a : b; });
-}
-template <class T>
-inline T __reduce_max_sync(unsigned mask, T value) {
-  return ::simt::warp_reduce(mask, value, [](T a, T b) { return a < b ? b : a; });
-}
-
 inline unsigned __activemask() { ::simt::die("__activemask() depends on the schedule and is not allowed"); }
 
-// ---- integer intrinsics and read-only loads ----------------------------------------------------
+// ---- integer intrinsics ------------------------------------------------------------------------
 
 inline unsigned max(unsigned a, unsigned b) { return a < b ? b : a; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
-inline int __clz(int v) { return v ? __builtin_clz(static_cast<unsigned>(v)) : 32; }
-template <class T>
-inline T __ldg(const T* p) {
-  return *p;
-}
 
 // ---- arithmetic that is never contracted (build with -ffp-contract=off) --------------------------------
 
@@ -161,27 +111,6 @@ inline T atomicAdd(T* p, U value) {
   return ::simt::fetch_add<__ATOMIC_RELAXED>(p, static_cast<T>(value), ::simt::Scope::gpu);
 }
 template <class T, class U>
-inline T atomicMax(T* p, U value) {
-  return ::simt::fetch_max<__ATOMIC_RELAXED>(p, static_cast<T>(value), ::simt::Scope::gpu);
-}
-template <class T, class U>
-inline T atomicMin(T* p, U value) {
-  return ::simt::fetch_min<__ATOMIC_RELAXED>(p, static_cast<T>(value), ::simt::Scope::gpu);
-}
-template <class T, class U>
 inline T atomicOr(T* p, U value) {
   return ::simt::fetch_or<__ATOMIC_RELAXED>(p, static_cast<T>(value), ::simt::Scope::gpu);
-}
-template <class T, class U>
-inline T atomicAnd(T* p, U value) {
-  return ::simt::fetch_and<__ATOMIC_RELAXED>(p, static_cast<T>(value), ::simt::Scope::gpu);
-}
-template <class T, class U>
-inline T atomicExch(T* p, U value) {
-  return ::simt::exchange<__ATOMIC_RELAXED>(p, static_cast<T>(value), ::simt::Scope::gpu);
-}
-template <class T, class U, class V>
-inline T atomicCAS(T* p, U expected, V desired) {
-  return ::simt::compare_exchange<__ATOMIC_RELAXED>(p, static_cast<T>(expected), static_cast<T>(desired),
-                                                    ::simt::Scope::gpu);
 }

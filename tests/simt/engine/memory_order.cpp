@@ -110,7 +110,7 @@ void note_relaxed_store(const void* p) {
 }
 
 void note_release(Scope scope) {
-  if (scope == Scope::sys && in_kernel()) current_block()->worker->stats.system_releases++;
+  if (scope == Scope::sys && in_kernel()) current_block()->worker->system_releases++;
 }
 
 void fence(bool acquire, bool release, Scope scope) {

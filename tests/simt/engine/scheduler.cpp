@@ -64,15 +64,11 @@ void prepare_fiber(Worker* w, Fiber* f, const char* name) {
     f->tsan_fiber = __tsan_create_fiber(0);
     __tsan_set_fiber_name(f->tsan_fiber, name);
   }
-  w->stats.fibers++;
 }
 
 }  // namespace
 
-size_t stack_bytes() {
-  if (g_config.stack_bytes) return g_config.stack_bytes;
-  return (g_asan || g_tsan ? 256 : 64) << 10;
-}
+size_t stack_bytes() { return (g_asan || g_tsan ? 256 : 64) << 10; }
 
 void switch_to(Worker* w, Fiber* from, Fiber* to, bool dying) {
   w->switches.store(w->switches.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
@@ -134,7 +130,6 @@ void reschedule(Block* b, Fiber* me, Yield reason) {
   Worker* w = b->worker;
   const bool chaos = g_config.chaos != 0;
   if (reason == Yield::spinning) {
-    w->stats.spins++;
     // Everybody only polls, or somebody polls between barriers for ever: let other blocks run.
     if (++b->spins > count_runnable(b) || ++b->spins_this_turn > kSpinsPerTurn) {
       b->spins = b->spins_this_turn = 0;

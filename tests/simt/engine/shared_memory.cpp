@@ -10,7 +10,6 @@ namespace simt {
 namespace {
 
 constexpr size_t kMinAlign = 128;
-constexpr size_t kDynamicAlign = 1024;
 constexpr int kFill = 0xCD;
 
 std::byte* arena(Block* b) {
@@ -48,13 +47,6 @@ void* shared_alloc(const void* key, size_t bytes, size_t align) {
   void* p = allocate(b, bytes, std::max(align, kMinAlign));
   b->shared.variables.emplace_back(key, p);
   return p;
-}
-
-void* dyn_shared() {
-  QuietScope quiet;
-  Block* b = current_block();
-  if (!b->shared.dynamic) b->shared.dynamic = allocate(b, b->launch->dyn_smem, kDynamicAlign);
-  return b->shared.dynamic;
 }
 
 std::byte* shared_window() {

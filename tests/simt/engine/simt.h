@@ -10,7 +10,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <type_traits>
@@ -72,7 +71,7 @@ uint64_t global_timer();
 int block_barrier(int id, int threads, bool arrive_only = false, bool vote = false);
 
 // Warp collectives. Every lane named in the mask must arrive with the same operation.
-enum class WarpOp : uint32_t { sync = 1, shuffle, vote, match, reduce };
+enum class WarpOp : uint32_t { sync = 1, shuffle, vote, match };
 // Exchanges 64 bits per lane; gives no memory ordering (as in PTX). The result has 32 slots and is
 // valid until the calling thread's next engine call.
 const uint64_t* warp_exchange(uint32_t mask, WarpOp op, uint64_t value);
@@ -80,7 +79,6 @@ void warp_sync(uint32_t mask);  // __syncwarp: rendezvous with memory ordering
 
 // Block-shared memory. `key` identifies the declaration, so that every thread gets the same bytes.
 void* shared_alloc(const void* key, size_t bytes, size_t align);
-void* dyn_shared();
 std::byte* shared_window();  // where the block's shared memory starts
 bool is_shared(const void* p);
 
@@ -126,7 +124,6 @@ struct Config {
   int workers = 0;           // OS threads; 0: one per CPU; -1: run inside stream_sync (deterministic)
   uint64_t seed = 0;         // of the schedule fuzzer
   int chaos = 0;             // preempt at one in `chaos` synchronising accesses; 0: never
-  size_t stack_bytes = 0;    // per fiber; 0: 64 KiB, 256 KiB under a sanitizer
   double hang_seconds = 20;  // without progress before the engine reports a hang and aborts
 };
 void configure(const Config& config);  // before the first launch
@@ -136,8 +133,7 @@ void configure(const Config& config);  // before the first launch
 stream_t stream_create(int device, int max_resident_blocks = 0);
 void stream_sync(stream_t stream);
 bool stream_idle(stream_t stream);  // whether stream_sync() would return at once
-void launch_raw(stream_t stream, dim3 grid, dim3 block, size_t dyn_smem, std::function<void()> body,
-                const char* name);
+void launch_raw(stream_t stream, dim3 grid, dim3 block, std::function<void()> body, const char* name);
 
 // Graphs: launches into a stream between begin and end are recorded with their arguments, and not run.
 // graph_launch() runs them in any stream, as often as it is asked, with these very arguments.
@@ -153,11 +149,7 @@ void graph_launch(const Graph& graph, stream_t stream);
 // ordering.
 void host_thread_checkpoint();
 
-struct Stats {
-  uint64_t switches, spins, barriers, exchanges, fibers, idle_sleeps;
-  uint64_t system_releases;  // by kernels: release stores, read-modify-writes and fences
-};
-Stats stats();
+uint64_t system_releases();  // by kernels so far: release stores, read-modify-writes and fences
 
 void observe_vectors(VectorObserver observer);  // null: nobody. While no kernel runs.
 
@@ -175,17 +167,18 @@ template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dyn_smem, stream_t stream,
             const char* name, Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "wrong number of kernel arguments");
+  if (dyn_smem != 0) die("%s: dynamic shared memory is not emulated", name);
   if (ptx::registered() > 0) {
     ptx::ParamPack pack;
     (pack.add(static_cast<std::decay_t<Params>>(std::forward<Args>(args))), ...);
     ptx::Body body = ptx::bind(reinterpret_cast<ptx::HostKernel>(kernel), name, std::move(pack),
                                block.x * block.y * block.z);
-    launch_raw(stream, grid, block, dyn_smem, std::move(body), name);
+    launch_raw(stream, grid, block, std::move(body), name);
   } else {
     auto body = [kernel, ... values = static_cast<std::decay_t<Params>>(std::forward<Args>(args))]() {
       kernel(values...);
     };
-    launch_raw(stream, grid, block, dyn_smem, std::move(body), name);
+    launch_raw(stream, grid, block, std::move(body), name);
   }
 }
 

@@ -19,7 +19,7 @@ namespace simt {
 
 constexpr int kNamedBarriers = 16;
 constexpr uint32_t kWarpGroups = 8;                // distinct lane masks per warp
-constexpr size_t kSharedMemoryLimit = 227 * 1024;  // per block, static + dynamic
+constexpr size_t kSharedMemoryLimit = 227 * 1024;  // per block
 constexpr size_t kRedZone = 16;                    // poisoned bytes between shared variables
 constexpr size_t kArenaBytes = kSharedMemoryLimit + 32 * 1024;
 
@@ -123,7 +123,6 @@ struct SharedMemory {
   std::unique_ptr<std::byte[]> arena;
   size_t offset = 0, used = 0;
   std::vector<std::pair<const void*, void*>> variables;
-  void* dynamic = nullptr;
 };
 
 struct Block {
@@ -145,7 +144,6 @@ struct Block {
 struct Launch {
   std::function<void()> body;
   dim3 grid, block;
-  size_t dyn_smem = 0;
   const char* name = "";
   Stream* stream = nullptr;
   uint64_t next_block = 0, num_blocks = 0, done = 0;
@@ -157,7 +155,6 @@ struct Launch {
 struct Graph {
   struct Node {
     dim3 grid, block;
-    size_t dyn_smem;
     std::function<void()> body;
     const char* name;
   };
@@ -186,7 +183,7 @@ struct Worker {
   uint64_t rng_state = 1;
   std::thread thread;
   std::vector<char*> stack_pool;
-  Stats stats{};
+  uint64_t system_releases = 0;
 
   uint64_t random() {  // xorshift64
     rng_state ^= rng_state << 13;

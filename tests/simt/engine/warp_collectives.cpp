@@ -33,7 +33,6 @@ const uint64_t* rendezvous(uint32_t mask, WarpOp op, uint64_t value) {
   const uint32_t lane = f->self.lane;
   Warp& w = b->warps[f->self.warp];
   const bool ordered = op == WarpOp::sync;
-  b->worker->stats.exchanges++;
 
   if (!(mask >> lane & 1)) die("calling lane is not in mask %08x", mask);
   mask &= existing_lanes();

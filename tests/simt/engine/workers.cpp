@@ -140,8 +140,7 @@ void report_deadlock(const Block* b) {
   abort();
 }
 
-void wait_a_little(Worker* w, int rounds) {
-  w->stats.idle_sleeps++;
+void wait_a_little(int rounds) {
   if (rounds < 64) {
     sched_yield();
   } else {
@@ -184,7 +183,7 @@ void run_round(Worker* w, IdleState* idle) {
     g_progress++;
     return;
   }
-  if (++idle->rounds > 4) wait_a_little(w, idle->rounds);
+  if (++idle->rounds > 4) wait_a_little(idle->rounds);
   if (idle->rounds == 1 || g_progress != idle->progress_seen) {
     idle->since = Clock::now();
     idle->progress_seen = g_progress;
@@ -306,17 +305,15 @@ stream_t stream_create(int device, int max_resident_blocks) {
   return new Stream{device, max_resident_blocks, {}, {}, nullptr};
 }
 
-void launch_raw(stream_t s, dim3 grid, dim3 block, size_t dyn_smem, std::function<void()> body,
-                const char* name) {
+void launch_raw(stream_t s, dim3 grid, dim3 block, std::function<void()> body, const char* name) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > 1024) die("%s: %zu threads per block", name, size_t{threads});
   if (blocks == 0) die("%s: empty grid", name);
-  if (dyn_smem > kSharedMemoryLimit) die("%s: %zu bytes of dynamic smem", name, dyn_smem);
 
   std::lock_guard<std::mutex> lock(g_mutex);
   if (s->capture != nullptr) {
-    s->capture->nodes.push_back({grid, block, dyn_smem, std::move(body), name});
+    s->capture->nodes.push_back({grid, block, std::move(body), name});
     return;
   }
   start_workers_locked();
@@ -324,7 +321,6 @@ void launch_raw(stream_t s, dim3 grid, dim3 block, size_t dyn_smem, std::functio
   launch->body = std::move(body);
   launch->grid = grid;
   launch->block = block;
-  launch->dyn_smem = dyn_smem;
   launch->name = name;
   launch->stream = s;
   launch->num_blocks = blocks;
@@ -375,7 +371,7 @@ size_t graph_size(const Graph& graph) { return graph.nodes.size(); }
 
 void graph_launch(const Graph& graph, stream_t s) {
   for (const Graph::Node& node : graph.nodes) {
-    launch_raw(s, node.grid, node.block, node.dyn_smem, node.body, node.name);
+    launch_raw(s, node.grid, node.block, node.body, node.name);
   }
 }
 
@@ -385,17 +381,9 @@ void host_thread_checkpoint() {
 
 void observe_vectors(VectorObserver observer) { g_vector_observer = observer; }
 
-Stats stats() {
-  Stats total{};
-  for (const auto& w : g_workers) {
-    total.switches += w->switches;
-    total.spins += w->stats.spins;
-    total.barriers += w->stats.barriers;
-    total.exchanges += w->stats.exchanges;
-    total.fibers += w->stats.fibers;
-    total.system_releases += w->stats.system_releases;
-    total.idle_sleeps += w->stats.idle_sleeps;
-  }
+uint64_t system_releases() {
+  uint64_t total = 0;
+  for (const auto& w : g_workers) total += w->system_releases;
   return total;
 }
 

@@ -39,7 +39,7 @@ int main(int, char** arguments) {
   params.add(out.data());
   simt::configure({.workers = -1});
   const simt::stream_t stream = simt::stream_create(0);
-  simt::launch_raw(stream, dim3(1), dim3(kThreads), 0,
+  simt::launch_raw(stream, dim3(1), dim3(kThreads),
                    simt::ptx::bind(find(arguments[1]), arguments[1], std::move(params), kThreads), "snippet");
   simt::stream_sync(stream);
   return std::fwrite(out.data(), sizeof(Row), kThreads, stdout) == kThreads ? 0 : 1;
