@@ -69,12 +69,13 @@ LibfabricLibrary::LibfabricLibrary(void* handle)
 
 LibfabricLibrary* LibfabricLibrary::load(const std::string& path) {
   // Some builds pull in libinfinipath, whose constructor otherwise installs handlers for SIGTERM, SIGSEGV and
-  // others; they break Python's faulthandler and can deadlock the process.
-  setenv("IPATH_NO_BACKTRACE", "1", /*overwrite=*/0);
+  // others; they break Python's faulthandler and can deadlock the process. Nothing else can be told to it.
+  setenv("IPATH_NO_BACKTRACE", "1", /*overwrite=*/0);  // NOLINT(concurrency-mt-unsafe)
   std::string tried;
   for (const std::string& candidate : candidates(path)) {
     void* handle = dlopen(candidate.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr) {
+      // A thread's own in glibc and musl. NOLINTNEXTLINE(concurrency-mt-unsafe)
       tried += std::string(tried.empty() ? "" : "; ") + dlerror();
       continue;
     }

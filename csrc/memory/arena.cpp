@@ -7,8 +7,8 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "errors.h"
@@ -20,7 +20,7 @@ constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 
 ConfigurationError failure(const std::string& what, size_t bytes) {
   return ConfigurationError(
-      what + " of " + std::to_string(bytes) + " bytes failed: " + std::strerror(errno) +
+      what + " of " + std::to_string(bytes) + " bytes failed: " + std::generic_category().message(errno) +
       "; lower max_tokens_per_rank, or raise the memory limit of this process or container");
 }
 

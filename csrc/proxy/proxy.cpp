@@ -8,9 +8,9 @@
 #endif
 
 #include <algorithm>
-#include <cstring>
 #include <set>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "errors.h"
@@ -238,7 +238,7 @@ void Proxy::pin_thread() {
   std::string names;
   for (const uint32_t cpu : options_.cpus) names += (names.empty() ? "" : ", ") + std::to_string(cpu);
   fail(std::make_exception_ptr(ConfigurationError("the proxy's thread cannot run on the CPUs near its GPU, " +
-                                                  names + " (" + std::strerror(result) +
+                                                  names + " (" + std::generic_category().message(result) +
                                                   "); give the process CPUs of that NUMA node")));
 }
 
