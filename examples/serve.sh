@@ -49,20 +49,21 @@ esac
 # Prefill moves many rows at a time: one row per (token, rank), large batches. Decode moves few: rows batched per
 # expert, exchanged while the shared experts run, in CUDA graphs. Where the two are separate, NIXL moves the KV cache
 # over EFA.
-kv_transfer='{"kv_connector":"NixlConnector","kv_role":"kv_both",'
-kv_transfer+='"kv_connector_extra_config":{"backends":["LIBFABRIC"]}}'
+kv_transfer() {
+  echo "{\"kv_connector\":\"NixlConnector\",\"kv_role\":\"$1\",\"kv_connector_extra_config\":{\"backends\":[\"LIBFABRIC\"]}}"
+}
 case $role in
   mixed)
     options+=(--all2all-backend efa_ep_high_throughput --max-num-batched-tokens 4096 --max-num-seqs "$sequences")
     ;;
   prefill)
     options+=(--all2all-backend efa_ep_high_throughput --max-num-batched-tokens 8192 --max-num-seqs 64)
-    options+=(--kv-transfer-config "$kv_transfer")
+    options+=(--kv-transfer-config "$(kv_transfer kv_producer)")
     ;;
   decode)
     options+=(--all2all-backend efa_ep_low_latency --max-num-batched-tokens "$sequences")
     options+=(--max-num-seqs "$sequences" --compilation-config '{"cudagraph_mode":"FULL_DECODE_ONLY"}')
-    options+=(--kv-transfer-config "$kv_transfer")
+    options+=(--kv-transfer-config "$(kv_transfer kv_consumer)")
     ;;
   *) echo "serve.sh: ROLE is $role; use mixed, prefill or decode" >&2 && exit 2 ;;
 esac

@@ -61,7 +61,7 @@ def test_the_secrets_are_those_that_pods_use() -> None:
     assert all(value.startswith("--from-literal=token=") for value in created.values())
 
 
-@pytest.mark.parametrize("verb", ["logs", "port-forward", "exec"])
+@pytest.mark.parametrize("verb", ["port-forward", "exec"])
 def test_objects_are_in_the_manifests(verb: str) -> None:
     """``job/NAME`` and ``service/NAME``; the first pod of a LeaderWorkerSet is NAME-0."""
     there = {f"{item['kind'].lower()}/{item['metadata']['name']}" for _, item in objects()}
@@ -69,3 +69,16 @@ def test_objects_are_in_the_manifests(verb: str) -> None:
     names = [next(word for word in words if not word.startswith("-")) for words in of_kubectl(verb)]
     assert names
     assert set(names) <= there
+
+
+def test_logs_are_of_the_pod_that_reports() -> None:
+    """Its labels: the manifest's own, and the index that an indexed job gives to each of its pods."""
+    jobs = [item["spec"] for _, item in objects() if item["kind"] == "Job"]
+    commands = of_kubectl("logs")
+    assert commands
+    for words in commands:
+        selector = dict(label.split("=") for label in words[words.index("-l") + 1].split(","))
+        index = int(selector.pop("batch.kubernetes.io/job-completion-index"))
+        (job,) = (job for job in jobs if selector.items() <= job["template"]["metadata"]["labels"].items())
+        assert job["completionMode"] == "Indexed"
+        assert index < job["completions"]
