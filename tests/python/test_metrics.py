@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,7 +107,10 @@ def test_instances_of_one_layout_are_added_up(tmp_path: Path) -> None:
     (stats, *_) = run_rounds(tmp_path / "world")
     first = dataclasses.replace(stats, waited_for_seconds=[0.0, 3.0, 0.0, 2.0])
     second = dataclasses.replace(stats, waited_for_seconds=[0.0, 0.0, 0.0, 2.0])
-    layouts = [("per_token", first), ("per_token", second), ("per_expert", second)]
+    idle = dataclasses.replace(
+        stats, waited_for_seconds=[0.0] * 4, wait_seconds=dict.fromkeys(stats.wait_seconds, 0.0)
+    )
+    layouts = [("per_token", first), ("per_token", idle), ("per_token", second), ("per_expert", second)]
     instances: list[Any] = [
         SimpleNamespace(config=SimpleNamespace(layout=layout), stats=lambda each=each: each)
         for layout, each in layouts
@@ -114,8 +118,8 @@ def test_instances_of_one_layout_are_added_up(tmp_path: Path) -> None:
     SnapshotWriter(str(tmp_path), 7, lambda: instances).close()
     samples = scrape(tmp_path, tmp_path)
     both = frozenset({("rank", "7"), ("layout", "per_token")})
-    assert samples["efa_ep_rounds_total", both] == 2 * ROUNDS
-    assert samples["efa_ep_half_seconds_count", both | {("half", "combine_recv")}] == 2 * ROUNDS
+    assert samples["efa_ep_rounds_total", both] == 3 * ROUNDS
+    assert samples["efa_ep_half_seconds_count", both | {("half", "combine_recv")}] == 3 * ROUNDS
     assert samples["efa_ep_slowest_peer", both] == 3
     assert samples["efa_ep_slowest_peer_wait_seconds", both] == 4.0
     other = frozenset({("rank", "7"), ("layout", "per_expert")})
@@ -134,6 +138,28 @@ def test_a_failed_rank_keeps_its_last_counters(tmp_path: Path) -> None:
     with pytest.raises(ConnectionError):  # an error that is not ours is not hidden
         SnapshotWriter(str(tmp_path), 0, lambda: broken).close()
     assert scrape(tmp_path, tmp_path) == before
+
+
+def test_a_file_that_cannot_be_written_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The rank works without its metrics: one warning with path and reason, and the thread goes on."""
+    (stats, *_) = run_rounds(tmp_path / "world")
+    removed, looked = threading.Event(), threading.Semaphore(0)
+
+    def look() -> list[Any]:
+        assert removed.wait(DEADLINE_S)
+        looked.release()
+        return [SimpleNamespace(config=SimpleNamespace(layout="per_token"), stats=lambda: stats)]
+
+    directory = tmp_path / "snapshots"
+    snapshots = SnapshotWriter(str(directory), 3, look)
+    directory.rmdir()
+    removed.set()
+    for _ in range(3):
+        assert looked.acquire(timeout=DEADLINE_S)
+    snapshots.close()
+    (warning,) = [record for record in caplog.records if record.name == "vllm_efa_ep.metrics.snapshot"]
+    assert str(directory / "rank3.json") in warning.message
+    assert "No such file or directory" in warning.message
 
 
 def make_device(root: Path, name: str, driver: str, counters: dict[str, int]) -> None:

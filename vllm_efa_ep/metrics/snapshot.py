@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from vllm_efa_ep.errors import EfaEpError
 from vllm_efa_ep.stats import Stats
 
 SECONDS_BETWEEN_WRITES = 0.25
+logger = logging.getLogger(__name__)
 
 
 class Counting(Protocol):
@@ -29,7 +31,8 @@ class Counting(Protocol):
 class SnapshotWriter:
     """Writes ``rank<r>.json`` four times a second, from a thread of its own, and once at the end.
 
-    No half ever writes it: reading the counters takes microseconds, and a file may take milliseconds.
+    No half ever writes it: reading the counters takes microseconds, and a file may take milliseconds. A file
+    that cannot be written is logged once and tried again each time.
     """
 
     def __init__(self, directory: str, rank: int, instances: Callable[[], Sequence[Counting]]) -> None:
@@ -38,6 +41,7 @@ class SnapshotWriter:
         self._rank = rank
         self._instances = instances
         self._stop = threading.Event()
+        self._warned = False
         self._thread: threading.Thread | None = None
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,9 +66,8 @@ class SnapshotWriter:
             return
         try:
             reported = [
-                {"layout": each.config.layout, "slowest_peer": stats.slowest_peer} | dataclasses.asdict(stats)
+                {"layout": each.config.layout} | dataclasses.asdict(each.stats())
                 for each in self._instances()
-                for stats in [each.stats()]
             ]
         except EfaEpError:
             return  # an instance that failed has no counters any more; the file keeps the last ones
@@ -74,6 +77,14 @@ class SnapshotWriter:
             "duration_bounds": _core.duration_bounds(),
             "all_to_alls": reported,
         }
+        text = json.dumps(content, indent=1, default=str)
         complete = self._path.with_suffix(".tmp")
-        complete.write_text(json.dumps(content, indent=1, default=str))
-        complete.replace(self._path)  # readers see the old file or the new one, never a part
+        try:
+            complete.write_text(text)
+            complete.replace(self._path)  # readers see the old file or the new one, never a part
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "EFA EP: metrics of rank %d stand still: %s: %s", self._rank, self._path, error
+                )
