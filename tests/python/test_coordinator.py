@@ -228,6 +228,23 @@ def test_it_ends_when_nobody_is_connected(monkeypatch: pytest.MonkeyPatch) -> No
     _run(test)
 
 
+def test_it_ends_when_nobody_comes() -> None:
+    """The process that created it may die before it connects; a member that has come in time keeps it."""
+
+    async def test() -> None:
+        ended = _Ended()
+        _coordinator(0, end=ended).end_unless_reached(0.0)
+        await ended.event.wait()
+        reached = _Ended()
+        _coordinator(1, end=reached).end_unless_reached(0.0)
+        looked = asyncio.Event()
+        asyncio.get_running_loop().call_later(_SOON_S, looked.set)
+        await looked.wait()
+        assert not reached.event.is_set()
+
+    _run(test)
+
+
 def test_hosts_that_differ_are_named() -> None:
     """With both values, for versions and settings alike."""
     check_same(["a", "b"], [{"torch": "2.13", "EFA_EP_CHUNK_BYTES": 1}] * 2)

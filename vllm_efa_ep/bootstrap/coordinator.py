@@ -70,7 +70,7 @@ class Coordinator:
             name: The run's name.
             size: Number of ranks.
             token_digest: ``digest_of`` the run's token; the token itself is kept nowhere.
-            end: Called when the last member's connection has ended.
+            end: Called when the last member's connection has ended, or none came in time.
             host_timeout_s: Within how many seconds a member's connection ends if its host does.
 
         """
@@ -83,6 +83,10 @@ class Coordinator:
         self._members: dict[int, _Member] = {}
         self._gatherings: dict[int, _Gathering] = {}
         self._published: dict[str, str] = {}
+
+    def end_unless_reached(self, timeout_s: float) -> None:
+        """End if nobody is connected after ``timeout_s``: no departure would."""
+        asyncio.get_running_loop().call_later(timeout_s, self._end_if_nobody_is_connected)
 
     def arrived(self, member: str) -> None:
         """A process that has shown the token is connected."""

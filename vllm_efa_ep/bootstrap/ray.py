@@ -1,10 +1,10 @@
 """Bootstrap over Ray: a coordinator actor in a namespace of the run, whichever driver started the ranks.
 
 The actor is detached: it outlives the driver that created it, and ends by itself when the last rank has left
-or is gone, which the connections that ranks hold to it tell at once. It runs on Ray's head node, without
-which there is no Ray. What it holds is open to members of the run only, but Ray itself lets everybody who
-reaches it run code: switch Ray's own token authentication on (``RAY_AUTH_MODE=token``) where strangers reach
-the cluster.
+or is gone, which the connections that ranks hold to it tell at once, or when none has come within
+``START_S``. It runs on Ray's head node, without which there is no Ray. What it holds is open to members of
+the run only, but Ray itself lets everybody who reaches it run code: switch Ray's own token authentication on
+(``RAY_AUTH_MODE=token``) where strangers reach the cluster.
 """
 
 import json
@@ -191,7 +191,8 @@ class _CoordinatorActor(Coordinator):
         )
 
     async def door(self) -> tuple[str, int]:
-        """Return address and port at which members connect."""
+        """Return address and port at which members connect; ends if none has within ``START_S``."""
+        self.end_unless_reached(START_S)
         address = _own_address()
         return address, await self._door.open(address)
 

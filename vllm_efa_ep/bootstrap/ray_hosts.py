@@ -129,7 +129,8 @@ def run_on_ray(
         arguments: What it gets besides.
         gpus_per_rank: GPUs that Ray reserves for each rank.
         start_timeout_s: How long ranks wait for each other before they begin.
-        timeout_s: How long all of it may take; None: the function has deadlines of its own.
+        timeout_s: How long all ranks together may take once they have begun; None: the function has deadlines
+            of its own.
         environment: Variables of the ranks, besides this process's settings of ours and of libfabric.
         compare_hosts: Refuse to run on hosts whose versions or settings differ.
 
@@ -176,7 +177,13 @@ class RayRanks:
         environment: Mapping[str, str] | None = None,
         compare_hosts: bool = True,
     ) -> "RayRanks":
-        """Start the ranks of a run; the arguments are those of ``run_on_ray``."""
+        """Start the ranks of a run; the arguments are those of ``run_on_ray``.
+
+        Raises:
+            ConfigurationError: The cluster has too few GPUs.
+            EfaEpError: Ray did not start them in time; they have been ended.
+
+        """
         settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTING_PREFIXES)}
         actors: list[Any] = [
             ray.remote(_Rank)
@@ -193,22 +200,27 @@ class RayRanks:
             .remote(digest_of(run.token))
             for rank, host in enumerate(_places(world_size, gpus_per_rank))
         ]
-        # Waited for: a call on its way to an actor dies with the driver.
-        begun = {
-            actor.begin.remote(
-                run, rank, world_size, start_timeout_s, compare_hosts, function, tuple(arguments)
-            ): rank
-            for rank, actor in enumerate(actors)
-        }
-        done, late = ray.wait(list(begun), num_returns=len(begun), timeout=start_timeout_s)
-        if late:
-            unplaced = sorted(begun[answer] for answer in late)
-            raise EfaEpError(
-                f"Ray did not start ranks {unplaced} within {start_timeout_s:g} s; see `ray status`"
-            )
-        for answer in done:
-            _result(f"the start of rank {begun[answer]}", answer)
-        return cls(run, actors)
+        ranks = cls(run, actors)
+        try:
+            # Waited for: a call on its way to an actor dies with the driver.
+            begun = {
+                actor.begin.remote(
+                    run, rank, world_size, start_timeout_s, compare_hosts, function, tuple(arguments)
+                ): rank
+                for rank, actor in enumerate(actors)
+            }
+            done, late = ray.wait(list(begun), num_returns=len(begun), timeout=start_timeout_s)
+            if late:
+                unplaced = sorted(begun[answer] for answer in late)
+                raise EfaEpError(
+                    f"Ray did not start ranks {unplaced} within {start_timeout_s:g} s; see `ray status`"
+                )
+            for answer in done:
+                _result(f"the start of rank {begun[answer]}", answer)
+        except BaseException:  # Ctrl-C, too: actors outlive their driver, and nobody else knows of these
+            ranks.end()
+            raise
+        return ranks
 
     @classmethod
     def attach(cls, run: Run, world_size: int) -> "RayRanks":
@@ -227,14 +239,19 @@ class RayRanks:
     def results(self, timeout_s: float | None = None) -> list[Any]:
         """Wait for all ranks and return their results; the first failure ends the wait.
 
+        Args:
+            timeout_s: How long to wait for all of them together; None: until they end.
+
         Raises:
             EfaEpError: A rank failed or did not end in time; the message names it.
 
         """
         answers = {actor.result.remote(self.run.token): rank for rank, actor in enumerate(self._actors)}
         results: dict[int, Any] = {}
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while waiting := [answer for answer, rank in answers.items() if rank not in results]:
-            done, late = ray.wait(waiting, timeout=timeout_s)
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            done, late = ray.wait(waiting, timeout=left_s)
             if not done:
                 unfinished = sorted(answers[answer] for answer in late)
                 raise EfaEpError(f"ranks {unfinished} did not end within {timeout_s:g} s")
@@ -276,6 +293,8 @@ class _Rank:
             bootstrap.close()
         except Exception as error:  # handed to the driver, whatever it is
             self._outcome.set_exception(error)
+        except BaseException as error:  # sys.exit(), which Ray would take for the end of this process
+            self._outcome.set_exception(EfaEpError(f"it was ended by {type(error).__name__}: {error}"))
         else:
             self._outcome.set_result(result)
         # The driver that takes the result ends this process; without one, nobody else would.
