@@ -73,15 +73,19 @@ class AllToAll:
         self.config = config
         self._range = range_maker(settings)
         self._generations = Generations(config, bootstrap, settings, returning)
-        self.world = self._generations.current().world
-        self.local_experts = experts_of(config.placement(self.world.size), self.world.rank)
-        self._plan = config.memory_plan(self.world.size, self.world.ranks_per_node)
-        memory = self._generations.current().connection.memory
-        self._device = memory.device
-        self._buffers = [
-            OutputBuffers(config, len(self.local_experts), self.expert_capacity, memory)
-            for _ in range(config.channels)
-        ]
+        try:
+            self.world = self._generations.current().world
+            self.local_experts = experts_of(config.placement(self.world.size), self.world.rank)
+            self._plan = config.memory_plan(self.world.size, self.world.ranks_per_node)
+            memory = self._generations.current().connection.memory
+            self._device = memory.device
+            self._buffers = [
+                OutputBuffers(config, len(self.local_experts), self.expert_capacity, memory)
+                for _ in range(config.channels)
+            ]
+        except BaseException as error:  # nobody has this instance to close it, and the others wait for it
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
 
     @property
     def rank(self) -> int:

@@ -263,8 +263,8 @@ SETTINGS: tuple[Setting, ...] = (
         "string",
         "",
         "path",
-        "Directory into which each rank writes when its halves, waits, writes and arrivals were, at its end; "
-        "`vllm-efa-ep trace merge` makes one timeline of them. Unset: no trace.",
+        "Directory, created at the start, into which each rank writes when its halves, waits, writes and "
+        "arrivals were, at its end; `vllm-efa-ep trace merge` makes one timeline of them. Unset: no trace.",
     ),
     Setting(
         "EFA_EP_TRACE_SPANS",

@@ -10,6 +10,7 @@ from vllm_efa_ep.bootstrap.descriptors import DescriptorExchange
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.rank_memory import Arena, RankMemory
 from vllm_efa_ep.trace.clock import least_delays_ns
+from vllm_efa_ep.trace.files import create_directory
 from vllm_efa_ep.watch import CheckWait, Watch, start_watch
 from vllm_efa_ep.world import World, agree
 
@@ -104,11 +105,15 @@ def connect(
 ) -> Connection:
     """Collective: allocate this rank's arena, map its node's, connect its rail, and watch the other ranks.
 
+    With ``EFA_EP_TRACE`` it also creates that directory and compares clocks.
+
     Raises:
         ConfigurationError: Any rank could not.
         FabricUnavailableError: This rank has no usable network.
 
     """
+    if settings.trace:
+        agree(bootstrap, "preparing the trace", lambda: (create_directory(settings.trace), b""))
     arenas = _share_memory(world, layout, bootstrap, timeout_s, memory)
     fabric, proxy = None, None
     if world.nodes > 1:
@@ -116,7 +121,11 @@ def connect(
             world, arenas[world.index], layout, bootstrap, settings, timeout_s, memory
         )
     watch = start_watch(world, bootstrap, timeout_s, settings.host_timeout_s)
-    delays_ns = least_delays_ns(bootstrap) if settings.trace else []
+    try:
+        delays_ns = least_delays_ns(bootstrap) if settings.trace else []
+    except BaseException:
+        watch.close()
+        raise
     return Connection(memory, arenas, world.index, fabric, proxy, watch, delays_ns)
 
 

@@ -4,11 +4,13 @@ Nothing of a generation outlives it: the next one has new memory with new keys, 
 connections. Hence whatever a rank of an older generation still writes, it writes where nobody reads.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _DIAGNOSIS_SHARE = 0.1
 
 _Result = TypeVar("_Result")
+logger = logging.getLogger(__name__)
 
 
 class Generation:
@@ -171,22 +174,28 @@ class Generation:
 
     def close(self) -> None:
         """Free everything, without waiting for anybody; safe to repeat."""
-        self._write_trace()
-        self._device = None
-        self.activations, self.results = [], []
-        # All of them first: on a GPU, to wait for one is to wait for all.
-        self.connection.memory.stop()
-        for stand_in in self.stand_ins:
-            stand_in.stop()
-        while self.stand_ins:
-            self.stand_ins.pop().close()
-        self.connection.close()
+        try:
+            self._write_trace()
+        finally:
+            self._device = None
+            self.activations, self.results = [], []
+            # All of them first: on a GPU, to wait for one is to wait for all.
+            self.connection.memory.stop()
+            for stand_in in self.stand_ins:
+                stand_in.stop()
+            while self.stand_ins:
+                self.stand_ins.pop().close()
+            self.connection.close()
 
     def _write_trace(self) -> None:
         directory, proxy = self._settings.trace, self.connection.proxy
         if directory and self._device is not None:
             delays_ns, generation = self.connection.least_delays_ns, self.membership.generation
-            write_trace(directory, self.world, generation, delays_ns, self._device, proxy)
+            try:
+                write_trace(directory, self.world, generation, delays_ns, self._device, proxy)
+            except OSError as error:
+                # Not the error itself: its frames refer to the device, and a handler may keep what it logs.
+                logger.warning("EFA EP: rank %d leaves no trace: %s", self.world.rank, str(error))
 
     def _open_device(self) -> Halves:
         if self._device is None:
@@ -219,7 +228,7 @@ def first_generation(
     memory = memory_for(resolve_device(config.device), settings, kept)
     position = _take_position(config, bootstrap, settings, must_agree, None, memory)
     membership = Membership.first(bootstrap.world_size, position[0].ranks_per_node)
-    return Generation(config, bootstrap, settings, membership, position, [])
+    return _start(config, bootstrap, settings, membership, [position])
 
 
 def build_generation(
@@ -265,7 +274,25 @@ def build_generation(
             _forget_frames(error)
         raise errors[0]
     positions = [future.result() for future in futures]
-    return Generation(config, keys[0], settings, membership, positions[0], positions[1:])
+    return _start(config, keys[0], settings, membership, positions)
+
+
+def _start(
+    config: AllToAllConfig,
+    bootstrap: Bootstrap,
+    settings: Settings,
+    membership: Membership,
+    positions: list[tuple[World, Connection]],
+) -> Generation:
+    """Build on connected positions; if that fails, close them, which the other ranks notice at once."""
+    with ExitStack() as on_error:
+        for _, connection in positions:
+            on_error.callback(connection.close)
+        # Before that: frames of the error refer to the device, which uses what is closed.
+        on_error.push(lambda _kind, _error, trace: clear_frames(trace))
+        generation = Generation(config, bootstrap, settings, membership, positions[0], positions[1:])
+        on_error.pop_all()
+    return generation
 
 
 def _forget_frames(error: BaseException | None) -> None:

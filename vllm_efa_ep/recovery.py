@@ -149,13 +149,15 @@ class Generations:
         """Collective, unless a failure came first: finish own writes, wait for the others, free all."""
         if self._current is None:
             return
-        if self._failure is None and self._current.failure is None:
-            self._finish(self._current)
-            self._current.connection.watch.leave()
-        self._current.close()
-        self._current = None
-        if self._kept is not None:
-            self._kept.close()
+        try:
+            if self._failure is None and self._current.failure is None:
+                self._finish(self._current)
+                self._current.connection.watch.leave()
+        finally:
+            self._current.close()
+            self._current = None
+            if self._kept is not None:
+                self._kept.close()
 
     def _finish(self, generation: Generation) -> None:
         try:

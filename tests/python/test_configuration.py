@@ -12,11 +12,36 @@ from typing import Any
 import pytest
 import torch
 from process_world import Rank, run_processes
-from thread_world import Outcome, ThreadBootstrap, outcomes_of_ranks, run_world, settings_of, until
+from thread_world import (
+    DEADLINE_S,
+    Outcome,
+    ThreadBootstrap,
+    outcomes_of_ranks,
+    run_ranks,
+    run_world,
+    settings_of,
+    until,
+)
 
-from vllm_efa_ep import AllToAll, AllToAllConfig, __version__, connection, rank_memory, world
+from vllm_efa_ep import (
+    AllToAll,
+    AllToAllConfig,
+    __version__,
+    all_to_all,
+    connection,
+    generation,
+    rank_memory,
+    world,
+)
 from vllm_efa_ep.config import Settings
-from vllm_efa_ep.errors import ConfigurationError, EfaEpError, FabricUnavailableError
+from vllm_efa_ep.errors import (
+    ConfigurationError,
+    EfaEpError,
+    FabricUnavailableError,
+    ProtocolError,
+    RankLostError,
+)
+from vllm_efa_ep.generation import Generation
 
 _CONFIG = AllToAllConfig(64, 8, 2, 16, scale_columns=2)
 _SETTINGS = settings_of(ranks_per_node=1)
@@ -151,6 +176,24 @@ def test_ranks_with_unequal_configurations_are_refused(change: dict[str, Any], n
         del outcomes
 
 
+def test_close_frees_all_even_if_the_others_break_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is raised once."""
+
+    def broken(*_: Any) -> None:
+        raise ProtocolError("a stale writer")
+
+    monkeypatch.setattr(Generation, "finish", broken)
+
+    def body(bootstrap: ThreadBootstrap) -> None:
+        all_to_all = AllToAll(_CONFIG, bootstrap, _SETTINGS)
+        with pytest.raises(ProtocolError, match="a stale writer"):
+            all_to_all.close()
+        all_to_all.close()
+
+    with _nothing_left():
+        run_ranks(2, body)
+
+
 def _all_say(outcomes: list[Outcome[None]], words: list[str]) -> None:
     for outcome in outcomes:
         assert _refused(outcome), outcome
@@ -220,6 +263,33 @@ def test_an_unusable_network_fails_all_ranks(
             for word in words:
                 assert word in str(outcome.error)
         del outcomes, outcome
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(all_to_all, "OutputBuffers"), (generation, "results"), (connection, "least_delays_ns")],
+)
+def test_a_rank_that_fails_once_it_is_connected_is_noticed(
+    module: Any, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It closes its connections, so nobody waits for the deadline."""
+
+    def body(bootstrap: ThreadBootstrap) -> None:
+        never = settings_of(1, timeout_s=100 * DEADLINE_S, trace=str(tmp_path))
+        with AllToAll(_CONFIG, bootstrap, never) as all_to_all:
+            arguments = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), torch.ones(1, 2)
+            all_to_all.dispatch(torch.ones(1, 64, dtype=torch.bfloat16), *arguments)
+
+    with _nothing_left(), monkeypatch.context() as patch:
+        patch.setattr(module, name, _FailsOnRank1(getattr(module, name), ()))
+        outcomes = outcomes_of_ranks(2, body)
+        assert isinstance(outcomes[1].error, OSError)
+        if module is connection:  # rank 0 still gathers
+            assert isinstance(outcomes[0].error, EfaEpError)
+        else:
+            assert isinstance(outcomes[0].error, RankLostError)
+            assert outcomes[0].error.rank == 1
+        del outcomes
 
 
 def _missing_library(rank: Rank) -> str:

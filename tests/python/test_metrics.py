@@ -237,3 +237,13 @@ def test_the_exporter_names_the_extra_that_it_needs(
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert main(["metrics", "--port", "0"]) == 2
     assert "vllm-efa-ep[metrics]" in capsys.readouterr().err
+
+
+def test_a_port_that_does_not_exist_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Numbers end at 65535."""
+    monkeypatch.setenv("EFA_EP_STATS_DIR", str(tmp_path))
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda *_: None)  # of this process
+    assert main(["metrics", "--port", "70000"]) == 2
+    assert "cannot serve on 0.0.0.0:70000" in capsys.readouterr().err

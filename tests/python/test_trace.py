@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from process_world import ProcessWorld, Rank
-from thread_world import run_world, settings_of
+from thread_world import ThreadBootstrap, outcomes_of_ranks, run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig
 from vllm_efa_ep.cli import main
@@ -201,6 +201,52 @@ def test_clocks_of_hosts_are_brought_together(tmp_path: Path) -> None:
     assert max(times) - min(times) <= 10.0 + TICK_US
     assert merged["otherData"]["clock_errors_us"]["2"] == 50.0
     assert merged["otherData"]["clock_offsets_us"]["2"] == pytest.approx(7000, abs=10.1)
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its path: the rounds are complete, and everything is freed. In a ``with`` the error stays."""
+    directory = tmp_path / "trace"
+
+    def body(all_to_all: AllToAll) -> None:
+        run_rounds(all_to_all)
+        directory.rmdir()
+        raise KeyError("the caller's")
+
+    with pytest.raises(KeyError, match="the caller's"):
+        run_world(CONFIG, 1, settings_of(1, trace=str(directory)), body)
+    (warning,) = [each.message for each in caplog.records if each.name == "vllm_efa_ep.generation"]
+    assert f"{directory}/rank0." in warning
+    assert "No such file or directory" in warning
+    assert "efa_ep_arena" not in Path("/proc/self/maps").read_text()
+
+
+def test_a_directory_that_cannot_be_created_is_refused_at_the_start(tmp_path: Path) -> None:
+    """On all ranks, of which one may have another directory."""
+    (tmp_path / "file").touch()
+
+    def body(bootstrap: ThreadBootstrap) -> None:
+        directory = tmp_path / ("file" if bootstrap.rank == 1 else "directory")
+        AllToAll(CONFIG, bootstrap, settings_of(1, trace=str(directory / "trace")))
+
+    for outcome in outcomes_of_ranks(2, body):
+        assert isinstance(outcome.error, ConfigurationError)
+        assert f"EFA_EP_TRACE is '{tmp_path}/file/trace', which cannot be created" in str(outcome.error)
+
+
+def test_the_command_says_in_one_line_what_it_cannot_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank's file that was cut off on its way, something else under that name, no place for the output."""
+    run_world(CONFIG, 1, settings_of(1, trace=str(tmp_path)), run_rounds)
+    assert main(["trace", "merge", str(tmp_path), "-o", str(tmp_path / "missing" / "trace.json")]) == 2
+    assert "name another file with -o" in capsys.readouterr().err
+    (path,) = tmp_path.glob("rank*.json")
+    for text, words in ((path.read_text()[:-9], "cannot be read"), ("[]", "is not a trace of this version")):
+        path.write_text(text)
+        assert main(["trace", "merge", str(tmp_path)]) == 2
+        assert f"{path} {words}" in capsys.readouterr().err
 
 
 def test_nothing_to_merge_is_an_error(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def _serve(address: str, port: int) -> int:
     registry.register(RankCollector(Path(directory)))
     try:
         server, _ = start_http_server(port, address, registry)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # OverflowError: no port has that number
         raise ConfigurationError(f"cannot serve on {address}:{port}: {error}") from error
     print(f"serving {directory} on http://{address}:{server.server_port}/metrics", flush=True)
     try:

@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from vllm_efa_ep.errors import ConfigurationError
+
 NAME = "trace"
 HELP = "make one timeline of the traces that ranks wrote into EFA_EP_TRACE"
 
@@ -20,13 +22,16 @@ def run(options: argparse.Namespace) -> int:
     """Merge, and say how well the clocks of the hosts agree.
 
     Raises:
-        ConfigurationError: There is nothing to merge.
+        ConfigurationError: There is nothing to merge, or the output cannot be written.
 
     """
     from vllm_efa_ep.trace.merge import merge
 
     timeline = merge(options.directory)
-    options.output.write_text(json.dumps(timeline))
+    try:
+        options.output.write_text(json.dumps(timeline))
+    except OSError as error:
+        raise ConfigurationError(f"cannot write the timeline: {error}; name another file with -o") from error
     other = timeline["otherData"]
     for rank, dropped in other["dropped_spans"].items():
         if dropped:

@@ -16,6 +16,23 @@ SCHEMA = "vllm-efa-ep trace 1"
 _numbers = itertools.count()
 
 
+def create_directory(directory: str) -> Path:
+    """Return the directory of the traces; create it if it is not there.
+
+    Raises:
+        ConfigurationError: That is not possible.
+
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"EFA_EP_TRACE is {directory!r}, which cannot be created ({error}); name a directory that this "
+            "rank may write to"
+        ) from error
+    return Path(directory)
+
+
 def write_trace(
     directory: str,
     world: World,
@@ -24,7 +41,12 @@ def write_trace(
     device: Halves,
     proxy: _core.Proxy | None,
 ) -> None:
-    """Write ``rank<r>.<process>.<number>.json``; a process may have several instances and generations."""
+    """Write ``rank<r>.<process>.<number>.json``; a process may have several instances and generations.
+
+    Raises:
+        OSError: The file cannot be written.
+
+    """
     content = {
         "schema": SCHEMA,
         "rank": world.rank,
@@ -35,8 +57,9 @@ def write_trace(
         "spans": [*device.trace(), *(proxy.trace() if proxy is not None else ())],
     }
     path = Path(directory) / f"rank{world.rank}.{os.getpid()}.{next(_numbers)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    complete = path.with_suffix(".tmp")
+    complete.write_text(json.dumps(content))
+    complete.replace(path)  # a rank that is killed meanwhile leaves no part of a trace
 
 
 def read(directory: Path) -> Iterator[dict[str, Any]]:
@@ -53,7 +76,12 @@ def read(directory: Path) -> Iterator[dict[str, Any]]:
             "by themselves: a trace is written when they close"
         )
     for path in paths:
-        content: dict[str, Any] = json.loads(path.read_text())
-        if content.get("schema") != SCHEMA:
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"{path} cannot be read ({error}); remove it, or copy it again"
+            ) from error
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise ConfigurationError(f"{path} is not a trace of this version ({SCHEMA})")
         yield content
