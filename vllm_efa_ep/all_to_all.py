@@ -136,6 +136,7 @@ class AllToAll:
 
         Raises:
             ConfigurationError: The layout is per_expert: its outputs are summed, so they need another place.
+                Or ``dispatch_recv`` is still to come.
 
         """
         generation = self._generations.in_flight(handle)
@@ -180,6 +181,7 @@ class AllToAll:
         )
         with self._range("dispatch_send"):
             generation.call(lambda halves: given.send(halves, channel))
+        self._buffers[channel].start_round()
         return Handle(
             channel, generation.start_round(channel), given.tokens, generation.membership.generation
         )
@@ -223,12 +225,12 @@ class AllToAll:
         """
         generation = self._generations.in_flight(handle)
         config = self.config
-        rows = self._buffers[handle.channel].rows
         per_slot = config.layout == "per_token" and expert_output.ndim == 3
         shape: tuple[int, ...]
         if config.layout == "per_expert":
             shape = (self.num_local_experts, self.expert_capacity, config.hidden_size)
         else:
+            rows = self._buffers[handle.channel].rows
             shape = (rows, config.top_k, config.hidden_size) if per_slot else (rows, config.hidden_size)
         summed = len(shape) == 2
         if summed and weights_applied is False:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_efa_ep.all_to_all_config import AllToAllConfig
+from vllm_efa_ep.errors import ConfigurationError
 from vllm_efa_ep.rank_memory import RankMemory
 
 
@@ -43,13 +44,29 @@ class OutputBuffers:
         self._capacity = capacity
         self._device = memory.device
         self._tokens_per_expert = torch.zeros(local_experts, dtype=torch.int32, device=self._device)
-        self.rows = 0  # of the round in flight
+        self._rows: int | None = None  # of the round in flight, once they are here
         if config.layout == "per_expert":
             self.room = capacity
             self._allocate((local_experts, capacity), with_routing=False)
         else:
             self.room = memory.first_room(capacity)
             self._allocate((self.room,), with_routing=True)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the round in flight.
+
+        Raises:
+            ConfigurationError: They are not here yet: those of an older round may still be read by others.
+
+        """
+        if self._rows is None:
+            raise ConfigurationError("the rows of this round are not here yet; call dispatch_recv first")
+        return self._rows
+
+    def start_round(self) -> None:
+        """Forget how many rows the last round had."""
+        self._rows = None
 
     def grow(self, rows: int) -> None:
         """Make room for ``rows`` rows, at least."""
@@ -58,7 +75,7 @@ class OutputBuffers:
 
     def views(self, rows: int) -> Dispatched:
         """Return the first ``rows`` rows."""
-        self.rows = rows
+        self._rows = rows
         whole = self._whole
         if self._config.layout == "per_expert":
             return whole

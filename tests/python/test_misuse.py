@@ -177,6 +177,24 @@ def test_a_bad_combine_is_refused() -> None:
     _in_a_world(bad_calls)
 
 
+def test_the_place_for_results_comes_after_the_rows() -> None:
+    """Before, it would show the results of the round before, which others may still read."""
+
+    def bad_calls(good: Round) -> None:
+        all_to_all = good.all_to_all
+        handle = good.send()
+        words = ["call dispatch_recv first"]
+        _check_refused(all_to_all, lambda: all_to_all.expert_output(handle), words)
+        _check_refused(all_to_all, lambda: all_to_all.combine_send(_ones(8, 64), handle), words)
+        rows = all_to_all.dispatch_recv(handle).x
+        output = all_to_all.expert_output(handle)
+        assert output.shape == rows.shape
+        output.copy_(rows)
+        assert torch.equal(all_to_all.combine(output, handle), 2 * good.x)
+
+    _in_a_world(bad_calls)
+
+
 def test_halves_out_of_turn_are_refused() -> None:
     """Each half of a round once, in order."""
 
