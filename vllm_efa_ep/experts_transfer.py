@@ -59,11 +59,6 @@ class Pulled:
     bytes: int
     seconds: float
 
-    @property
-    def gigabytes_per_second(self) -> float:
-        """Bandwidth in 10^9 bytes per second, 0 if nothing came from other ranks."""
-        return self.bytes / self.seconds / 1e9 if self.bytes else 0.0
-
 
 @dataclass(frozen=True)
 class _Offer:
@@ -128,7 +123,8 @@ class ExpertTransfer:
                 is until ``close``.
 
         Raises:
-            ConfigurationError: A slot of a tensor is not one run of bytes, or the network cannot reach it.
+            ConfigurationError: A slot of a tensor is not one run of bytes, or the network cannot reach it; or
+                this instance is closed.
             EfaEpError: The bootstrap is gone.
 
         """
@@ -164,7 +160,8 @@ class ExpertTransfer:
             progress: Called with the bytes that are here and the bytes of all moves, when a source is done.
 
         Raises:
-            ConfigurationError: Names, shapes, types or slots do not fit those of a source.
+            ConfigurationError: Names, shapes, types or slots do not fit those of a source; or this instance
+                is closed.
             ExpertTransferError: A source is dead or refuses; the message names it and the experts.
             FabricUnavailableError: A call into NIXL is stuck since an earlier failure: build a new instance.
             RankTimeoutError: A source has not offered the layer, or its bytes are not here, in time.

@@ -98,6 +98,7 @@ class NixlAgent:
             ) from error
         self._registered: list[tuple[Any, object]] = []
         self._stuck = False
+        self._closed = False
         self._jobs: SimpleQueue[tuple[Callable[[Any], Any], Future[Any]] | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name="efa_ep_nixl", daemon=True)
         self._thread.start()
@@ -170,6 +171,7 @@ class NixlAgent:
         """Let the thread call NIXL; return the result, or in words what went wrong.
 
         Raises:
+            ConfigurationError: The agent is closed.
             FabricUnavailableError: This call is stuck, or an earlier one.
 
         """
@@ -185,7 +187,9 @@ class NixlAgent:
             self.require_alive()
 
     def require_alive(self) -> None:
-        """Raise ``FabricUnavailableError`` if a call is stuck."""
+        """Raise ``ConfigurationError`` after ``close``, and ``FabricUnavailableError`` if a call is stuck."""
+        if self._closed:
+            raise ConfigurationError("this ExpertTransfer is closed; build a new one")
         if self._stuck:
             raise FabricUnavailableError(
                 "NIXL has not come back from a call in time; build a new ExpertTransfer"
@@ -200,7 +204,7 @@ class NixlAgent:
                     "EFA EP: NIXL keeps a transfer that could not be cancelled: %s", done.exception()
                 )
 
-        if self._stuck:
+        if self._stuck or self._closed:
             return
         future: Future[Any] = Future()
         future.add_done_callback(log)
@@ -208,6 +212,7 @@ class NixlAgent:
 
     def close(self) -> None:
         """Stop answering and forget all memory; safe to repeat. A thread that is stuck keeps the memory."""
+        self._closed = True
         if not self._stuck and self._thread.is_alive():
             self._jobs.put(None)
             self._thread.join(self._timeout_s)

@@ -244,6 +244,20 @@ def test_what_a_rank_has_is_copied() -> None:
         assert torch.equal(tensor[0], weights[name][2])
 
 
+def test_a_closed_transfer_says_so_at_once() -> None:
+    """Not that NIXL is stuck, after a deadline. Closing twice is fine."""
+    weights, staging = _weights([5, 6, 7, 8]), _empty()
+    with ExpertTransfer(_alone(), _SETTINGS) as transfer:
+        transfer.offer({_LAYER: weights})
+    transfer.close()
+    for call in (
+        lambda: transfer.offer({_LAYER: weights}),
+        lambda: transfer.pull(_LAYER, [Move(7, 0, 2, 0)], staging),
+    ):
+        with pytest.raises(ConfigurationError, match="this ExpertTransfer is closed; build a new one"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
