@@ -13,6 +13,7 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -71,8 +72,15 @@ def run_rank(rank: int, store_port: int) -> int:
 
 
 def main() -> int:
+    """Play, and remove the counters that the ranks wrote: as forked children they leave that to others."""
+    with tempfile.TemporaryDirectory(prefix="efa_ep_stats_") as directory:
+        os.environ["EFA_EP_STATS_DIR"] = directory
+        prepare(Path(sys.argv[1]))
+        return play()
+
+
+def play() -> int:
     """Fork the ranks and return how many failed."""
-    prepare(Path(sys.argv[1]))
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
