@@ -1,6 +1,7 @@
 """What the ranks of an ``AllToAll`` have to agree on, and the bounds of each value."""
 
 from dataclasses import dataclass
+from operator import index
 from typing import Literal
 
 import torch
@@ -184,6 +185,10 @@ class AllToAllConfig:
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
+    try:
+        index(value)
+    except TypeError:
+        raise ConfigurationError(f"{name} is {value!r}, no integer; use {low} to {high}") from None
     if not low <= value <= high:
         raise ConfigurationError(f"{name} is {value}; use {low} to {high}")
 

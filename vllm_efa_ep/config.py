@@ -1,7 +1,9 @@
 """Every setting of the package, once: name, type, default, unit, meaning.
 
-``docs/settings.md`` and ``vllm-efa-ep settings`` are generated from ``SETTINGS``; nothing else in the
-package reads the environment.
+``docs/settings.md`` and ``vllm-efa-ep settings`` are generated from ``SETTINGS``, and ``Settings`` reads and
+checks them all. Besides, vLLM's plugin asks for ``EFA_EP_BACKEND`` and sets ``EFA_EP_STATS_DIR``, and the
+benchmark sets ``EFA_EP_TOKEN_FILE``, for processes that are still to start. Variables of other programs are
+read where they matter; ``LIBRARY_VARIABLES`` are those that this package sets or goes by.
 """
 
 import os
@@ -12,6 +14,9 @@ from typing import Any, Literal
 from vllm_efa_ep.errors import ConfigurationError
 
 Kind = Literal["string", "integer", "number"]
+_TYPES: dict[Kind, Any] = {"string": str, "integer": int, "number": int | float}
+# TCP's keep-alive takes at most 32767 s, four of which are the longest time a host may be silent.
+_MOST_SECONDS = 4 * 32767 + 3
 
 
 @dataclass(frozen=True)
@@ -45,25 +50,33 @@ class Setting:
 
     def parse(self, text: str) -> str | int | float:
         """Return the value of ``text``, or raise ``ConfigurationError`` with the remedy."""
-        if self.kind == "string":
-            if self.choices and text not in self.choices:
-                raise ConfigurationError(
-                    f"{self.variable}={text!r} is not a choice; use one of {', '.join(self.choices)}"
-                )
-            return text
-        try:
-            value = int(text) if self.kind == "integer" else float(text)
-        except ValueError:
-            raise ConfigurationError(f"{self.variable}={text!r} is not a {self.kind}") from None
-        if self.minimum is not None and not value >= self.minimum:
+        value: str | int | float = text
+        if self.kind != "string":
+            try:
+                value = int(text) if self.kind == "integer" else float(text)
+            except ValueError:
+                raise ConfigurationError(f"{self.variable}={text!r} is no {self.kind}") from None
+        self.check(value)
+        return value
+
+    def check(self, value: Any) -> None:
+        """Raise ``ConfigurationError``, with the remedy, for a value that is not accepted."""
+        if not isinstance(value, _TYPES[self.kind]):
+            raise ConfigurationError(f"{self.variable}={value!r} is no {self.kind}")
+        if self.choices and value not in self.choices:
             raise ConfigurationError(
-                f"{self.variable}={text} is too small; use at least {self.minimum:g} {self.unit}".rstrip()
+                f"{self.variable}={value!r} is not a choice; use one of {', '.join(self.choices)}"
+            )
+        if isinstance(value, str):
+            return
+        if self.minimum is not None and not value >= self.minimum:  # nor is NaN
+            raise ConfigurationError(
+                f"{self.variable}={value} is too small; use at least {self.minimum:.12g} {self.unit}".rstrip()
             )
         if self.maximum is not None and not value <= self.maximum:
             raise ConfigurationError(
-                f"{self.variable}={text} is too large; use at most {self.maximum:g} {self.unit}".rstrip()
+                f"{self.variable}={value} is too large; use at most {self.maximum:.12g} {self.unit}".rstrip()
             )
-        return value
 
 
 SETTINGS: tuple[Setting, ...] = (
@@ -85,6 +98,7 @@ SETTINGS: tuple[Setting, ...] = (
         "seconds",
         "How long a half waits for other ranks before it raises an error that names them.",
         minimum=0.1,
+        maximum=_MOST_SECONDS,
     ),
     Setting(
         "EFA_EP_HOST_TIMEOUT_S",
@@ -95,6 +109,7 @@ SETTINGS: tuple[Setting, ...] = (
         "After how long without a sign of life (TCP keep-alive) a rank's host counts as gone: longer than "
         "networks pause, shorter than `EFA_EP_TIMEOUT_S`.",
         minimum=4,
+        maximum=_MOST_SECONDS,
     ),
     Setting(
         "EFA_EP_BOOTSTRAP",
@@ -125,6 +140,7 @@ SETTINGS: tuple[Setting, ...] = (
         "How long `mask()` and `rejoin()` wait for ranks that are not known to be gone before the others go "
         "on without them. More than the longest time a healthy rank computes between two calls.",
         minimum=0.1,
+        maximum=_MOST_SECONDS,
     ),
     Setting(
         "EFA_EP_RANKS_PER_NODE",
@@ -135,6 +151,7 @@ SETTINGS: tuple[Setting, ...] = (
         "Ranks that share memory with each other. 0: the greatest common divisor of the hosts' rank counts. "
         "1 on one machine makes every rank its own node, so that all traffic crosses libfabric.",
         minimum=0,
+        maximum=1024,
     ),
     Setting(
         "EFA_EP_PROVIDER",
@@ -142,8 +159,8 @@ SETTINGS: tuple[Setting, ...] = (
         "string",
         "auto",
         "",
-        "libfabric provider. `auto`: `efa-direct`, `efa`, then `tcp`, then `net`; falling back to TCP on a "
-        "machine that has EFA devices is an error unless `tcp` is asked for by name.",
+        "libfabric provider. `auto`: `efa-direct`, `efa`, then `tcp` (named `net` in libfabric before 1.18); "
+        "falling back to TCP on a machine with EFA devices is an error unless `tcp` is asked for by name.",
     ),
     Setting(
         "EFA_EP_LIBFABRIC",
@@ -172,6 +189,7 @@ SETTINGS: tuple[Setting, ...] = (
         "NICs",
         "NICs (libfabric domains) a rank drives. 0: the host's EFA devices divided by its ranks; 1 on TCP.",
         minimum=0,
+        maximum=1024,
     ),
     Setting(
         "EFA_EP_SIGNAL_POLICY",
@@ -205,6 +223,7 @@ SETTINGS: tuple[Setting, ...] = (
         "commands",
         "Capacity of the ring between device and proxy, rounded up to a power of two.",
         minimum=16,
+        maximum=2**20,
     ),
     Setting(
         "EFA_EP_NIXL_BACKEND",
@@ -288,9 +307,33 @@ SETTINGS: tuple[Setting, ...] = (
 )
 
 
+LIBRARY_VARIABLES: tuple[tuple[str, str], ...] = (
+    (
+        "IPATH_NO_BACKTRACE",
+        "Set to `1` before libfabric is opened: some builds pull in libinfinipath, whose signal handlers "
+        "break Python's and can deadlock the process.",
+    ),
+    (
+        "UCX_MODULES",
+        "Set to `^ib` before NIXL is loaded on a host without InfiniBand devices: the libnl in NIXL's UCX "
+        "crashes when the process ends.",
+    ),
+    (
+        "NIXL_LOG_LEVEL",
+        "Unset: NIXL's Python logger, which prints to stdout, starts at WARNING.",
+    ),
+)
+"""Variables of libraries that this package sets, or goes by: name and what for. One that is set stays."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """The values of ``SETTINGS``; see there for each one's meaning and unit."""
+    """The values of ``SETTINGS``; see there for each one's meaning, unit and bounds.
+
+    Raises:
+        ConfigurationError: A value is of another kind, outside its bounds, or not one of its choices.
+
+    """
 
     backend: str = ""
     timeout_s: float = 120.0
@@ -314,6 +357,11 @@ class Settings:
     trace: str = ""
     trace_spans: int = 65536
     nvtx: str = "off"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for setting in SETTINGS:
+            setting.check(getattr(self, setting.field))
 
     @property
     def traced_spans(self) -> int:
@@ -360,4 +408,14 @@ def settings_markdown() -> str:
         lines.append(
             f"| `{setting.variable}` | {setting.kind} | {default} | {setting.unit} | {setting.meaning} |"
         )
+    lines += [
+        "",
+        "## Variables of libraries",
+        "",
+        "Those that are set in the environment stay as they are.",
+        "",
+        "| variable | what happens |",
+        "|---|---|",
+        *(f"| `{variable}` | {meaning} |" for variable, meaning in LIBRARY_VARIABLES),
+    ]
     return "\n".join(lines) + "\n"

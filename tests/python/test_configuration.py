@@ -73,6 +73,9 @@ def _nothing_left() -> Iterator[None]:
     [
         ({"hidden_size": 60}, ["60 x torch.bfloat16", "120 bytes", "multiple of 8"]),
         ({"hidden_size": 0}, ["hidden_size is 0", "1 to"]),
+        ({"hidden_size": 64.0}, ["hidden_size is 64.0, no integer", "1 to"]),
+        ({"top_k": None}, ["top_k is None, no integer", "1 to 32"]),
+        ({"payload_columns": "64"}, ["payload_columns is '64', no integer", "1 to"]),
         ({"num_experts": 0}, ["num_experts is 0", "1 to 4096"]),
         ({"num_experts": 4097}, ["num_experts is 4097", "1 to 4096"]),
         ({"top_k": 0}, ["top_k is 0", "1 to 32"]),
@@ -275,7 +278,8 @@ def test_a_rank_that_fails_once_it_is_connected_is_noticed(
     """It closes its connections, so nobody waits for the deadline."""
 
     def body(bootstrap: ThreadBootstrap) -> None:
-        never = settings_of(1, timeout_s=100 * DEADLINE_S, trace=str(tmp_path))
+        # One node: without connections that the fabric makes while it is closed.
+        never = settings_of(2, timeout_s=100 * DEADLINE_S, trace=str(tmp_path))
         with AllToAll(_CONFIG, bootstrap, never) as all_to_all:
             arguments = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), torch.ones(1, 2)
             all_to_all.dispatch(torch.ones(1, 64, dtype=torch.bfloat16), *arguments)

@@ -19,7 +19,7 @@ from vllm_efa_ep.errors import (
 )
 from vllm_efa_ep.experts_plan import EMPTY, Move, plan_moves
 from vllm_efa_ep.experts_transfer import ExpertTransfer
-from vllm_efa_ep.nixl_agent import choose_backend
+from vllm_efa_ep.nixl_agent import NixlAgent, choose_backend
 
 pytest.importorskip("nixl", reason="needs NIXL: pip install 'vllm-efa-ep[nixl]'")
 
@@ -309,4 +309,4 @@ def test_the_plug_in_follows_the_devices(tmp_path: Path) -> None:
 def test_a_plug_in_that_cannot_be_loaded_is_an_error() -> None:
     """Like LIBFABRIC on a machine without CUDA: no silent change to another one."""
     with pytest.raises(FabricUnavailableError, match="NIXL cannot load its plug-in NONESUCH"):
-        ExpertTransfer(_alone(), Settings(nixl_backend="NONESUCH"))
+        NixlAgent("agent", "NONESUCH", DEADLINE_S)
