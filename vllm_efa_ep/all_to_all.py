@@ -76,7 +76,7 @@ class AllToAll:
         try:
             self.world = self._generations.current().world
             self.local_experts = experts_of(config.placement(self.world.size), self.world.rank)
-            self._plan = config.memory_plan(self.world.size, self.world.ranks_per_node)
+            self._plan = config.memory_plan(self.world.size, self.world.ranks_per_node, self.rank)
             memory = self._generations.current().connection.memory
             self._device = memory.device
             self._buffers = [
@@ -368,7 +368,7 @@ class AllToAll:
         return self.active_ranks()
 
     def memory_plan(self) -> MemoryPlan:
-        """Return what this instance allocated. Each stand-in for a lost rank takes as much again."""
+        """Return what this instance allocated. Each stand-in for a lost rank takes another arena."""
         return self._plan
 
     def drain(self) -> None:

@@ -1,5 +1,6 @@
 """What the ranks of an ``AllToAll`` have to agree on, and the bounds of each value."""
 
+from collections import Counter
 from dataclasses import dataclass
 from operator import index
 from typing import Literal
@@ -104,10 +105,33 @@ class AllToAllConfig:
             return tuple(self.expert_to_rank)
         return linear_placement(self.num_experts, world_size)
 
-    def memory_plan(self, world_size: int, ranks_per_node: int) -> MemoryPlan:
-        """Return the memory one rank of such a world takes, without allocating any."""
+    def memory_plan(self, world_size: int, ranks_per_node: int, rank: int | None = None) -> MemoryPlan:
+        """Return the memory one rank of such a world takes, without allocating any.
+
+        Args:
+            world_size: Number of ranks.
+            ranks_per_node: Ranks of a node.
+            rank: Which; default: one that owns most experts, which takes most.
+
+        Raises:
+            ConfigurationError: A value is out of bounds.
+
+        """
         self.check(world_size, ranks_per_node)
-        return MemoryPlan.of(self.core_layout(world_size, ranks_per_node))
+        experts = Counter(self.placement(world_size))
+        local_experts = max(experts.values()) if rank is None else experts[rank]
+        capacity = world_size * self.max_tokens_per_rank
+        received_rows = self.received_bytes(local_experts, capacity)
+        return MemoryPlan.of(self.core_layout(world_size, ranks_per_node), received_rows)
+
+    def received_bytes(self, local_experts: int, rows: int) -> int:
+        """Return the bytes of a channel's received rows: ``rows`` of each expert, or of all in per_token."""
+        row_bytes = self.columns * self.dtype.itemsize + self.received_scales * self.scale_dtype.itemsize
+        if self.layout == "per_expert":
+            rows *= local_experts
+        else:
+            row_bytes += self.top_k * (torch.int32.itemsize + torch.float32.itemsize)  # ids and weights
+        return rows * row_bytes + local_experts * torch.int32.itemsize  # tokens_per_expert
 
     def core_layout(self, world_size: int, ranks_per_node: int) -> _core.Layout:
         """Return the arena's layout."""

@@ -1,6 +1,8 @@
 """The memory plan says to the byte what is allocated."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from thread_world import Meeting, run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig
+from vllm_efa_ep.cli import main
 from vllm_efa_ep.errors import ConfigurationError
 
 _HUGE_PAGE = 2 * 2**20
@@ -38,14 +41,53 @@ def test_the_plan_is_what_is_mapped(nodes: int, ranks_per_node: int, channels: i
         meeting.wait()
         mapped = _mapped_arenas()
         meeting.wait()
-        total = all_to_all.memory_plan().total
+        arena = all_to_all.memory_plan().arena
         assert len(mapped) == size
-        assert set(map(tuple, mapped.values())) == {(total,) * ranks_per_node}
-        return total
+        assert set(map(tuple, mapped.values())) == {(arena,) * ranks_per_node}
+        return arena
 
-    totals = run_world(config, size, settings_of(ranks_per_node), body)
-    assert set(totals) == {config.memory_plan(size, ranks_per_node).total}
+    arenas = run_world(config, size, settings_of(ranks_per_node), body)
+    assert set(arenas) == {config.memory_plan(size, ranks_per_node).arena}
     assert _mapped_arenas() == {}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scale_columns": 3, "dtype": torch.uint8, "channels": 2},
+        {"quantisation": "fp8", "dtype": torch.float8_e4m3fn},
+        {"quantisation": "fp8_ue8m0", "dtype": torch.float8_e4m3fn},
+        {"expert_to_rank": (0, 0, 1, 0, 0)},
+    ],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)
+@pytest.mark.parametrize("layout", ["per_token", "per_expert"])
+def test_the_plan_is_what_received_rows_lie_in(
+    layout: Literal["per_token", "per_expert"], changes: Any
+) -> None:
+    """Every rank receives as much as it ever can; what its tensors lie in is what was planned."""
+    config = replace(AllToAllConfig(256, 5, 2, 20, layout=layout), **changes)
+    owners = config.placement(2)
+    experts = [owners.index(rank) for rank in range(2)]  # one of each rank, for every token
+
+    def body(all_to_all: AllToAll) -> int:
+        tokens = torch.ones(20, 256).to(config.input_dtype)
+        scales = torch.ones(20, config.scale_columns) if config.scale_columns else None
+        allocated = 0
+        for channel in range(config.channels):
+            routing = torch.tensor([experts] * 20), torch.ones(20, 2)
+            got, handle = all_to_all.dispatch(tokens, *routing, scales, channel)
+            tensors = [tensor for tensor in got if tensor is not None]
+            allocated += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+            rows = got.x if layout == "per_token" else got.x.new_empty(*got.x.shape[:2], 256)
+            all_to_all.combine(torch.zeros_like(rows, dtype=torch.bfloat16), handle)
+        plan = all_to_all.memory_plan()
+        assert allocated == plan.received_rows
+        assert plan == config.memory_plan(2, 1, all_to_all.rank)
+        return allocated
+
+    assert max(run_world(config, 2, settings_of(1), body)) == config.memory_plan(2, 1).received_rows
 
 
 @given(
@@ -82,21 +124,32 @@ def test_the_sections_follow_the_formulas(
     assert plan.sections == pages
     assert plan.channels == channels
     used = channels * sum(pages.values())
-    assert plan.total == -(-used // _HUGE_PAGE) * _HUGE_PAGE
-    assert plan.rounding == plan.total - used
+    assert plan.arena == -(-used // _HUGE_PAGE) * _HUGE_PAGE
+    assert plan.rounding == plan.arena - used
+    assert plan.total == plan.arena + plan.received_rows
 
 
-def test_a_large_model_on_64_ranks_takes_little() -> None:
+@pytest.mark.parametrize("layout", ["per_token", "per_expert"])
+def test_a_large_model_on_64_ranks_takes_little(layout: Literal["per_token", "per_expert"]) -> None:
     """DeepSeek-V3's shape: 8 nodes of 8 ranks, 128 tokens of 7168 in fp8, top-8: at most 0.4 GiB."""
-    config = AllToAllConfig(7168, 256, 8, 128, dtype=torch.float8_e4m3fn, scale_columns=56)
+    config = AllToAllConfig(7168, 256, 8, 128, torch.float8_e4m3fn, scale_columns=56, layout=layout)
     assert config.memory_plan(64, 8).total <= 0.4 * 2**30
+
+
+def test_the_command_knows_the_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    """Received rows of a batched layout take several times as much."""
+    for layout in ("per_token", "per_expert"):
+        config = AllToAllConfig(1024, 8, 2, 64, layout=layout)  # type: ignore[arg-type]
+        shape = "--ranks 4 --ranks-per-node 2 --tokens 64 --hidden 1024 --experts 8 --top-k 2"
+        assert main(["plan", *shape.split(), "--layout", layout]) == 0
+        assert capsys.readouterr().out == f"{config.memory_plan(4, 2)}\n"
 
 
 def test_the_plan_prints_its_sum() -> None:
     """People read the same numbers."""
     plan = AllToAllConfig(1024, 8, 2, 64).memory_plan(4, 2)
     text = str(plan)
-    assert f"{plan.total:,}" in text
+    assert all(f"{size:,}" in text for size in (plan.arena, plan.received_rows, plan.total))
     assert all(name in text for name in plan.sections)
 
 

@@ -5,7 +5,7 @@ import argparse
 from vllm_efa_ep.errors import ConfigurationError
 
 NAME = "plan"
-HELP = "print the memory a rank will take, without allocating it"
+HELP = "print the memory a rank will take, its arena and its received rows, without allocating it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, required=True, help="experts per token")
     parser.add_argument("--dtype", default="bfloat16", help="activation dtype on dispatch (default bfloat16)")
     parser.add_argument("--scales", type=int, default=0, help="float32 block scales per token (default 0)")
+    parser.add_argument(
+        "--layout",
+        choices=("per_token", "per_expert"),
+        default="per_token",
+        help="of received rows: per_token (default, efa_ep_high_throughput) or per_expert "
+        "(efa_ep_low_latency)",
+    )
     parser.add_argument("--channels", type=int, default=1, help="rounds in flight, 2 with dual-batch overlap")
 
 
@@ -42,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
         max_tokens_per_rank=options.tokens,
         dtype=dtype,
         scale_columns=options.scales,
+        layout=options.layout,
         channels=options.channels,
     )
     print(config.memory_plan(options.ranks, options.ranks_per_node))

@@ -22,7 +22,7 @@ _REMEDIES: Mapping[str, str] = {
     "device files, and with EFA_EP_GPU_HANDLES=fabric to an IMEX channel "
     "(/dev/nvidia-caps-imex-channels/channel0)",
     "CUDA_ERROR_OUT_OF_MEMORY": "the GPU's memory is used up; lower max_tokens_per_rank (`vllm-efa-ep plan` "
-    "shows what an instance takes), or vLLM's --gpu-memory-utilization",
+    "shows arena and received rows of an instance), or vLLM's --gpu-memory-utilization",
 }
 
 
