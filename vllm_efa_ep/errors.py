@@ -56,7 +56,9 @@ class RankTimeoutError(EfaEpError, TimeoutError):
     """Other ranks did not answer before the deadline (``EFA_EP_TIMEOUT_S``).
 
     Attributes:
-        half: ``dispatch_send``, ``dispatch_recv``, ``combine_send``, ``combine_recv``, or ``pull_experts``.
+        half: What waited: ``dispatch_send``, ``dispatch_recv``, ``combine_send``, ``combine_recv``,
+            ``drain``, ``close``, ``start`` (of a generation), ``rejoin``, ``pull_experts``, ``link`` or
+            ``barrier`` (of measurements), or empty: ranks that meet before all of these.
         round: The round that could not finish.
         missing: Ranks that this rank was waiting for.
 
@@ -74,7 +76,7 @@ class RankLostError(EfaEpError, ConnectionError):
     """A rank is gone while this one waits, so the round cannot finish: its process has ended or failed.
 
     Attributes:
-        half: What waited: one of the four halves, as in ``RankTimeoutError``, or ``close``.
+        half: What waited: one of the four halves, ``drain``, ``close``, or empty: ranks that meet before.
         round: The round that could not finish.
         rank: The rank that is gone, or -1 if others noticed and have called ``mask`` already.
 

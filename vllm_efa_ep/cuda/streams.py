@@ -1,4 +1,4 @@
-"""torch's current GPU and stream: all that this package asks torch.cuda."""
+"""torch's current GPU and stream, asked for in one place, which tests without a GPU replace."""
 
 import torch
 
