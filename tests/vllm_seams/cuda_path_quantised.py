@@ -18,8 +18,9 @@ from vllm.model_executor.layers.fused_moe.experts.fused_batched_moe import Naive
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 from vllm.model_executor.layers.quantization.utils import fp8_utils
-from vllm_on_ranks import EXPERTS, MAX_TOKENS, VllmRank
+from vllm_on_ranks import EXPERTS, MAX_TOKENS, RANKS, VllmRank
 
+from vllm_efa_ep.all_to_all import AllToAll, Dispatched, Handle
 from vllm_efa_ep.errors import ConfigurationError
 from vllm_efa_ep.vllm_plugin import wire_format
 from vllm_efa_ep.vllm_plugin.backend_names import HIGH_THROUGHPUT, LOW_LATENCY
@@ -156,6 +157,49 @@ def fp8_rows(vllm_rank: VllmRank) -> None:
         vllm_rank.manager.close()
 
 
+def fp8_tensor(vllm_rank: VllmRank) -> None:
+    """One scale for all rows that a rank receives; what lies in rows without a token has no part in it."""
+    layer, ones = fp8_layer(22), torch.ones(LOCAL_EXPERTS, 1, 1)
+    quant_config = FusedMoEQuantConfig.make(FP8, w1_scale=ones, w2_scale=ones)
+    kernel = vllm_rank.build(LOW_LATENCY, NaiveBatchedExperts, layer, quant_config=quant_config)
+    assert wire(vllm_rank) == (torch.bfloat16, 256, 0, "none")
+    with infinite_unused_rows():
+        for seed in range(2):
+            result = kernel(some_tokens(vllm_rank.rank, seed))
+            assert_close(result, with_a_scale_per_rank(layer, vllm_rank.rank, seed))
+    vllm_rank.manager.close()
+
+
+@contextmanager
+def infinite_unused_rows() -> Iterator[None]:
+    """Leave the worst in the rows of batched experts that have no token."""
+    original = AllToAll.dispatch_recv
+
+    def dispatch_recv(self: AllToAll, handle: Handle) -> Dispatched:
+        dispatched = original(self, handle)
+        used = torch.arange(dispatched.x.shape[1]) < dispatched.tokens_per_expert.unsqueeze(1)
+        dispatched.x[~used] = float("inf")
+        return dispatched
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AllToAll, "dispatch_recv", dispatch_recv)
+        yield
+
+
+def with_a_scale_per_rank(layer: Layer, rank: int, seed: int) -> torch.Tensor:
+    """Return what a rank's ``some_tokens`` become; each owner's rows have their common e4m3 scale."""
+    everybody = [some_tokens(source, seed) for source in range(RANKS)]
+    result = torch.zeros(everybody[rank].x.shape)
+    for owner in range(RANKS):
+        here = [torch.div(tokens.ids, LOCAL_EXPERTS, rounding_mode="floor") == owner for tokens in everybody]
+        rows = [tokens.x[held.any(1)] for tokens, held in zip(everybody, here, strict=True)]
+        own = everybody[rank]
+        tokens = reference_moe.Tokens(own.x, own.ids.masked_fill(~here[rank], -1), own.weights)
+        seen = partial(reference_moe.through_fp8_of, largest=torch.cat(rows).float().abs().amax())
+        result += reference_moe.output(layer, tokens, seen)
+    return result
+
+
 def mxfp8(vllm_rank: VllmRank) -> None:
     """Its scales travel as bytes, too."""
     layer = Layer.random(EXPERTS, 10)
@@ -256,6 +300,7 @@ QUANTISED_SCENARIOS: tuple[Callable[[VllmRank], None], ...] = (
     fp8_blocks_of_other_sizes,
     fp8_as_vllm_makes_it,
     fp8_rows,
+    fp8_tensor,
     mxfp8,
     fp4,
     fp4_batched,

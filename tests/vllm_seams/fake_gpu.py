@@ -131,6 +131,10 @@ def import_vllm_for_cuda() -> None:
         _quantize_fp8_rows,
     )
     _operator(
+        "dynamic_scaled_fp8_quant(Tensor(a!) result, Tensor input, Tensor(b!) scale) -> ()",
+        _quantize_fp8_tensor,
+    )
+    _operator(
         "scaled_fp4_quant.out(Tensor input, Tensor input_scale, bool swizzled, *, Tensor(a!) output, "
         "Tensor(b!) output_scale) -> ()",
         _quantize_fp4,
@@ -170,6 +174,11 @@ def _quantize_fp8_groups(
 
 def _quantize_fp8_rows(q: torch.Tensor, rows: torch.Tensor, s: torch.Tensor, _: object) -> None:
     s.copy_(rows.float().abs().amax(-1, keepdim=True).clamp(min=1e-10) / _FP8_MAX)
+    q.copy_((rows.float() / s).to(_FP8))
+
+
+def _quantize_fp8_tensor(q: torch.Tensor, rows: torch.Tensor, s: torch.Tensor) -> None:
+    s.copy_(rows.float().abs().amax() / _FP8_MAX)
     q.copy_((rows.float() / s).to(_FP8))
 
 

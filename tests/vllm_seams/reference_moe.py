@@ -104,7 +104,12 @@ def through_fp8(rows: torch.Tensor, block: int = FP8_BLOCK, power_of_2: bool = F
 
 def through_fp8_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return rows after quantisation to e4m3 with a scale per row."""
-    scale = rows.float().abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return through_fp8_of(rows, rows.float().abs().amax(1, keepdim=True))
+
+
+def through_fp8_of(rows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Return rows after quantisation to e4m3, which takes ``largest`` to its largest value."""
+    scale = largest / torch.finfo(torch.float8_e4m3fn).max
     return (rows.float() / scale).to(torch.float8_e4m3fn).float() * scale
 
 

@@ -44,7 +44,12 @@ class LowLatencyPrepareFinalize(EfaEpPrepareFinalize):
         rows = dispatched.x
         # vLLM's batched experts for fp4 quantise by themselves.
         if quantize and quant_config.quant_dtype not in (None, "nvfp4"):
-            num_experts = rows.shape[0]
+            num_experts, capacity, _ = rows.shape
+            if wire_format.has_one_scale_for_all_rows(quant_config):
+                # Unused rows hold what earlier rounds left there, or what memory held before us.
+                used = dispatched.tokens_per_expert.unsqueeze(1)
+                unused = torch.arange(capacity, device=rows.device) >= used
+                rows.masked_fill_(unused.unsqueeze(2), 0)
             flat, scales = wire_format.quantize(rows.flatten(0, 1), quant_config, swizzled=False)
             rows = flat.view(num_experts, -1, flat.shape[-1])
             scales = normalize_batched_scales_shape(scales, num_experts)

@@ -154,6 +154,16 @@ def _as_vllm_rounds_scales() -> Quantisation:
     return "fp8_power_of_2" if is_deep_gemm_e8m0_used() else "fp8"
 
 
+def has_one_scale_for_all_rows(quant_config: Any) -> bool:
+    """Return whether ``quantize`` makes one scale of all the rows it gets."""
+    return (
+        isinstance(quant_config.quant_dtype, torch.dtype)  # formats that have names have scales of blocks
+        and quant_config.a1_scale is None
+        and not quant_config.per_act_token_quant
+        and not quant_config.is_block_quantized
+    )
+
+
 def quantize(
     rows: torch.Tensor, quant_config: Any, swizzled: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
