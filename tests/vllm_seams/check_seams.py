@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pydantic
 import pytest
 import torch
@@ -217,6 +218,40 @@ def check_fault_tolerance() -> None:
     assert not ours.query_fault().item()
 
 
+def check_eplb_order() -> None:
+    """On a GPU, nothing is fetched into the buffer before the streams are done that copy out of it."""
+    from vllm_efa_ep.vllm_plugin import eplb
+
+    class GpuTensor(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    events: list[str] = []
+
+    def stream(name: str) -> Any:
+        return SimpleNamespace(synchronize=lambda: events.append(name))
+
+    transfer = SimpleNamespace(
+        backend="UCX",
+        offer=lambda _: None,
+        pull_together=lambda *_: events.append("fetch"),
+        close=lambda: None,
+    )
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eplb, "TorchBootstrap", lambda _: None)
+        patch.setattr(eplb, "ExpertTransfer", lambda _: transfer)
+        patch.setattr(torch.cuda, "current_stream", lambda: stream("vLLM's own"))
+        for tensor_type, awaited in ((GpuTensor, ["vLLM's own"]), (torch.Tensor, [])):
+            buffer = torch.zeros(2, 4).as_subclass(tensor_type)
+            communicator = eplb.EfaEpEplbCommunicator(group, [[buffer]], [buffer])
+            for worker_stream, of_worker in ((None, []), (stream("worker's"), awaited and ["worker's"])):
+                communicator.set_stream(worker_stream)
+                communicator.set_transfer_context(np.arange(2), layer_idx=0)
+                communicator.execute()
+                assert events == [*awaited, *of_worker, "fetch"]
+                events.clear()
+
+
 def check_classes() -> None:
     """Our subclasses of vLLM's classes are complete and take the arguments that vLLM passes."""
     from vllm_efa_ep.vllm_plugin.cpu_batched_experts import CpuBatchedExperts
@@ -254,6 +289,7 @@ def main() -> None:
     moe_patches.apply()
     check_layers()
     check_classes()
+    check_eplb_order()
     check_communicators()
     check_fault_tolerance()
     print(f"all seams fit vLLM {vllm.__version__}")

@@ -16,6 +16,7 @@ import torch
 from vllm.distributed.eplb import eplb_state
 from vllm.distributed.eplb.eplb_communicator import EplbCommunicator
 from vllm.distributed.stateless_coordinator import StatelessGroupCoordinator
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vllm_efa_ep.bootstrap.torch import TorchBootstrap
 from vllm_efa_ep.errors import ExpertTransferError
@@ -63,6 +64,7 @@ class EfaEpEplbCommunicator(EplbCommunicator):  # type: ignore[misc]
         self._world_size = cpu_group.size()
         self._buffers = {str(index): tensor for index, tensor in enumerate(expert_buffer)}
         self._slots = WeightSlots.of("expert_buffer", expert_buffer[0])
+        self.set_stream(None)
         self._layer = ""
         self._experts: np.ndarray[Any, Any] = np.empty((0, 0))
         self._moves: list[Move] = []
@@ -82,7 +84,15 @@ class EfaEpEplbCommunicator(EplbCommunicator):  # type: ignore[misc]
         return False
 
     def set_transfer_context(self, old_indices: "np.ndarray[Any, Any]", layer_idx: int) -> None:
-        """Take the layer, and the expert of every slot of all ranks."""
+        """Take the layer, and the expert of every slot of all ranks.
+
+        Reads bypass the GPU's streams, so this waits for what still copies out of the buffer.
+        """
+        if self._slots.kind == "VRAM":
+            with gpu_sync_allowed():
+                torch.cuda.current_stream().synchronize()
+                if self._stream is not None:
+                    self._stream.synchronize()
         self._layer = str(layer_idx)
         self._experts = old_indices[: self._world_size * self._slots.slots].reshape(self._world_size, -1)
 

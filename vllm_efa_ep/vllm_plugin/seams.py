@@ -104,6 +104,8 @@ MOE_SEAMS = (
     ),
     Seam(f"{_EPLB}.eplb_communicator", "EplbCommunicator.add_recv", ("tensors", "src_rank", "expert_id")),
     Seam(f"{_EPLB}.eplb_communicator", "EplbCommunicator.set_transfer_context", ("old_indices", "layer_idx")),
+    Seam(f"{_EPLB}.eplb_communicator", "EplbCommunicator.set_stream", ("stream",)),
+    Seam("vllm.utils.gpu_sync_debug", "gpu_sync_allowed"),
     Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.get_handle", ("kwargs",)),
     Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.destroy"),
     Seam(f"{_MOE}.all2all_utils", "get_ep_all2all_manager"),
