@@ -19,7 +19,7 @@ import torch
 import vllm
 import vllm.platforms
 
-from vllm_efa_ep.errors import ConfigurationError
+from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 from vllm_efa_ep.vllm_plugin import register, seams
 from vllm_efa_ep.vllm_plugin.backend_names import BACKEND_NAMES, HIGH_THROUGHPUT, LOW_LATENCY
 
@@ -218,6 +218,33 @@ def check_fault_tolerance() -> None:
     assert not ours.query_fault().item()
 
 
+def check_close() -> None:
+    """Neither a full disk nor an instance that fails leaves connections open."""
+    from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
+
+    from vllm_efa_ep.vllm_plugin import manager
+
+    closed: list[str] = []
+
+    def closes(name: str, error: Exception) -> Any:
+        def close() -> None:
+            closed.append(name)
+            raise error
+
+        return SimpleNamespace(close=close)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(All2AllManagerBase, "__init__", lambda self, _: vars(self).update(rank=0, world_size=1))
+        patch.setattr(manager, "SnapshotWriter", lambda *_: closes("snapshots", OSError("disk full")))
+        ours = manager.EfaEpAll2AllManager("group")
+        for name in ("first", "second"):
+            ours._all_to_alls[name] = closes(name, EfaEpError(name))
+        with pytest.raises(EfaEpError):
+            ours.close()
+    assert closed == ["snapshots", "first", "second"]
+    assert not ours._all_to_alls
+
+
 def check_eplb_order() -> None:
     """On a GPU, nothing is fetched into the buffer before the streams are done that copy out of it."""
     from vllm_efa_ep.vllm_plugin import eplb
@@ -289,6 +316,7 @@ def main() -> None:
     moe_patches.apply()
     check_layers()
     check_classes()
+    check_close()
     check_eplb_order()
     check_communicators()
     check_fault_tolerance()

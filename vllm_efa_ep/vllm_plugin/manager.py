@@ -1,6 +1,6 @@
 """The object vLLM keeps for each EP group: it owns the ``AllToAll`` instances of its MoE layers."""
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -92,10 +92,11 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
 
     def close(self) -> None:
         """Write the last counters and close all connections; safe to repeat."""
-        self._snapshots.close()
-        for all_to_all in self._all_to_alls.values():
-            all_to_all.close()
-        self._all_to_alls.clear()
+        with ExitStack() as closing:  # one that fails must not leave the others open
+            closing.callback(self._all_to_alls.clear)
+            for all_to_all in reversed(self._all_to_alls.values()):
+                closing.callback(all_to_all.close)
+            self._snapshots.close()
 
     def destroy(self) -> None:
         """Close; the name by which vLLM's CUDA communicator calls it."""
