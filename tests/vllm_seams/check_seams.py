@@ -53,6 +53,20 @@ def check_configuration() -> None:
     assert ParallelConfig().all2all_backend == "allgather_reducescatter"
 
 
+def check_settings_on_ray() -> None:
+    """What all hosts share reaches engines on Ray; what a host has for itself is left alone."""
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    shared = {"EFA_EP_BACKEND", "EFA_EP_PROVIDER", "EFA_EP_STATS_DIR", "FI_EFA_FORK_SAFE"}
+    of_one_host = {"EFA_EP_TOKEN_FILE", "EFA_EP_LIBFABRIC", "EFA_EP_INTERFACE"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in shared | of_one_host:
+            patch.setenv(name, "x")
+        copied = get_env_vars_to_copy()
+    assert shared <= copied
+    assert not of_one_host & copied
+
+
 def parallel(name: str) -> Any:
     """Return the parallel configuration of an MoE layer on four EP ranks."""
     from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
@@ -310,6 +324,7 @@ def main() -> None:
 
     register()
     check_configuration()
+    check_settings_on_ray()
 
     from vllm_efa_ep.vllm_plugin import moe_patches
 

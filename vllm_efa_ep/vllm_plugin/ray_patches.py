@@ -3,10 +3,11 @@
 import functools
 from typing import Any
 
+from vllm_efa_ep.config import SETTINGS
 from vllm_efa_ep.vllm_plugin import seams
 
-SETTING_PREFIXES = ("EFA_EP_", "FI_")
-"""Ours and libfabric's."""
+_STATS_DIR = "EFA_EP_STATS_DIR"
+_LIBFABRIC_PREFIX = "FI_"
 
 CPU_RESOURCE = "GPU"
 """What a worker takes of a CPU host: ``ray start --num-gpus N`` declares places for N ranks.
@@ -16,10 +17,16 @@ vLLM asks Ray for the accelerator ids of the resource, and Ray has ids of its ow
 
 
 def copy_settings() -> None:
-    """Let vLLM copy our settings from ``vllm serve`` to the Ray workers of other hosts."""
-    from vllm.ray.ray_env import DEFAULT_ENV_VAR_PREFIXES
+    """Let vLLM copy our settings, and libfabric's, from ``vllm serve`` to its data-parallel engines on Ray.
 
-    DEFAULT_ENV_VAR_PREFIXES.update(SETTING_PREFIXES)
+    What is copied replaces what a host has, so not those that name something of one host. But engines beside
+    the server have to know the directory that its /metrics reads.
+    """
+    from vllm.ray.ray_env import DEFAULT_ENV_VAR_PREFIXES, DEFAULT_EXTRA_ENV_VARS
+
+    DEFAULT_ENV_VAR_PREFIXES.add(_LIBFABRIC_PREFIX)
+    DEFAULT_EXTRA_ENV_VARS.update(each.variable for each in SETTINGS if not each.of_one_host)
+    DEFAULT_EXTRA_ENV_VARS.add(_STATS_DIR)
 
 
 def prepare(config: Any) -> None:

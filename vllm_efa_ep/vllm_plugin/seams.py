@@ -61,6 +61,7 @@ CONFIG_SEAMS = (
     Seam("vllm.engine.arg_utils", "EngineArgs.__init__", ("all2all_backend",)),
     Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",)),
     Seam("vllm.ray.ray_env", "DEFAULT_ENV_VAR_PREFIXES"),
+    Seam("vllm.ray.ray_env", "DEFAULT_EXTRA_ENV_VARS"),
 )
 """Used by ``config_patches``, in every vLLM process."""
 
