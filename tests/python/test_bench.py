@@ -23,7 +23,8 @@ from vllm_efa_ep.bench.contestants.contestant import Workplace
 from vllm_efa_ep.bench.launch import RanksFailedError, run_local
 from vllm_efa_ep.bench.measure import Effort, Timings, compete
 from vllm_efa_ep.bench.member import measure_with
-from vllm_efa_ep.bench.plan import Plan
+from vllm_efa_ep.bench.plan import OPPONENTS, Plan
+from vllm_efa_ep.bench.plots import LABELS
 from vllm_efa_ep.bench.problem import Cell, Problem, WrongResultError
 from vllm_efa_ep.bench.report import report
 from vllm_efa_ep.bootstrap.store import StoreBootstrap
@@ -299,6 +300,14 @@ def test_a_comparison_of_single_starts_says_so() -> None:
     assert any("--starts" in caveat for caveat in caveats(before, after, compare(before, after)))
     after["environment"] = {**after["environment"], "host": {"cpu": "another", "cores": 8}}
     assert any("differ in cpu" in caveat for caveat in caveats(before, after, compare(before, after)))
+
+
+def test_reports_know_every_contestant() -> None:
+    """By the name that it has in results."""
+    plan = replace(
+        PLAN, against=tuple(name for name in OPPONENTS if name != "mpi")
+    )  # to import it starts MPI
+    assert {kind.name for kind in plan.contestants()} | {"mpi_alltoallv"} == LABELS.keys()
 
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:

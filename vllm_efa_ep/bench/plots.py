@@ -23,6 +23,8 @@ LABELS = {
     "ours_elsewhere": "vllm-efa-ep, ordinary tensors",
     "gloo_allgather": "gloo all-gather/reduce-scatter",
     "gloo_alltoall": "gloo all-to-all",
+    "nccl_allgather": "NCCL all-gather/reduce-scatter",
+    "nccl_alltoall": "NCCL all-to-all",
     "mpi_alltoallv": "MPI alltoallv",
 }
 
