@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,6 +28,7 @@ from vllm_efa_ep.bench.plan import OPPONENTS, Plan
 from vllm_efa_ep.bench.plots import LABELS
 from vllm_efa_ep.bench.problem import Cell, Problem, WrongResultError
 from vllm_efa_ep.bench.report import report
+from vllm_efa_ep.bench.session import run_worlds
 from vllm_efa_ep.bootstrap.store import StoreBootstrap
 from vllm_efa_ep.cli import main
 from vllm_efa_ep.config import Settings
@@ -138,10 +140,41 @@ def test_without_ray_the_extra_is_named(
     assert "vllm-efa-ep[ray]" in capsys.readouterr().err
 
 
-def test_a_cell_that_the_peers_cannot_do_is_refused() -> None:
-    """Experts must divide among the ranks."""
-    with pytest.raises(ConfigurationError, match="288 for 24"):
-        replace(CELL, world=24, ranks_per_node=8, experts=256).check()
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"experts": 256}, "288 for 24"),
+        ({"top_k": 17}, "--top-k 17 of --experts 16"),
+        ({"hidden": (256, 100)}, "hidden size that is a multiple of 8"),
+    ],
+)
+def test_a_cell_that_cannot_be_measured_is_refused(
+    change: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    """In whatever world it is, before the first one is started."""
+
+    def launch(_plan: Plan, world: int) -> list[results.CellResult]:
+        raise AssertionError(f"{world} ranks were started")
+
+    plan = replace(PLAN, dtypes=("bf16",), **change)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=words):
+        run_worlds(plan, (2, 24), 1, tmp_path, launch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_before_an_error_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A world may take hours; the next one's error must not cost them."""
+    (found,) = document({CELL: rounds(1, 100, 1)})["results"]
+
+    def launch(_plan: Plan, world: int) -> Iterator[results.CellResult]:
+        yield found
+        if world == 4:
+            raise RanksFailedError("process 1 ended")
+
+    with pytest.raises(RanksFailedError):
+        run_worlds(PLAN, (2, 4, 8), 1, tmp_path, launch)
+    assert len(results.read(tmp_path / "bench.json")["results"]) == 2
+    assert "has the results so far" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_on_this_machine(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

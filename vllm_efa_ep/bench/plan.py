@@ -104,6 +104,11 @@ class Plan:
                 f"--device{nccl}"
             )
 
+    def check_world(self, world: int) -> None:
+        """Raise ``ConfigurationError`` for a cell that ``world`` ranks cannot measure."""
+        for cell in self.cells(world, self.ranks_per_node or world):
+            cell.check()
+
     def cells(self, world: int, ranks_per_node: int) -> Iterator[Cell]:
         """Yield the cells of a world."""
         for hidden in self.hidden:

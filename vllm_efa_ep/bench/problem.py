@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_efa_ep.all_to_all_config import AllToAllConfig
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 
 
@@ -75,8 +76,26 @@ class Cell:
         """Payload bytes of one result."""
         return self.hidden * self.format.combine.itemsize
 
+    def config(self, device: str = "cpu") -> AllToAllConfig:
+        """Return what this package measures it with."""
+        return AllToAllConfig(
+            hidden_size=self.hidden,
+            num_experts=self.experts,
+            top_k=self.top_k,
+            max_tokens_per_rank=self.tokens,
+            dtype=self.format.dispatch,
+            combine_dtype=self.format.combine,
+            scale_columns=self.scale_columns,
+            device=device,
+        )
+
     def check(self) -> None:
         """Raise ``ConfigurationError`` for a cell that cannot be measured."""
+        if not 1 <= self.top_k <= self.experts:
+            raise ConfigurationError(
+                f"--top-k {self.top_k} of --experts {self.experts} cannot be chosen; use 1 to "
+                f"{self.experts}, or more experts"
+            )
         if self.world < 1 or self.experts % self.world != 0:
             raise ConfigurationError(
                 f"{self.experts} experts do not divide among {self.world} ranks, and the peers need that; "
@@ -89,6 +108,7 @@ class Cell:
                 f"hidden size {self.hidden} is not a multiple of {self.format.block}, the block of an fp8 "
                 "scale; use for example 7168"
             )
+        self.config().check(self.world, self.ranks_per_node)
 
     def to_json(self) -> dict[str, Any]:
         """Return the attributes as a JSON object."""

@@ -27,6 +27,7 @@ def run_worlds(
     plan: Plan,
     worlds: Sequence[int],
     starts: int,
+    directory: Path,
     launch: Callable[[Plan, int], Iterable[CellResult]] = run_local,
 ) -> Document:
     """Measure the plan for every world size, each in ``starts`` sets of fresh processes.
@@ -35,33 +36,43 @@ def run_worlds(
         plan: What to measure.
         worlds: World sizes.
         starts: How often each is started.
+        directory: Where the results go, also those before an error.
         launch: Measures with a number of ranks; default: on this machine.
 
+    Raises:
+        ConfigurationError: A cell cannot be measured; nothing has been started.
+        EfaEpError: A rank ended with an error.
+
     """
-    with Session(plan, len(worlds) * starts, max(worlds)) as session:
+    for world in worlds:
+        plan.check_world(world)
+    with Session(plan, len(worlds) * starts, max(worlds), directory) as session:
         for start in range(starts):
             for world in worlds:
                 session.add_all(launch(plan, world), start)
     return session.document
 
 
-def run_as_rank(plan: Plan) -> Document | None:
-    """Measure as one rank of a world that a launcher started; only rank 0 gets a document."""
+def run_as_rank(plan: Plan, directory: Path) -> Document | None:
+    """Measure as one rank of a world that a launcher started; only rank 0 gets and writes a document."""
     from vllm_efa_ep.bench.member import measure_with_torch
 
+    world = int(os.environ["WORLD_SIZE"])
+    plan.check_world(world)
     if os.environ["RANK"] != "0":
         measure_with_torch(plan, _nobody)
         return None
-    with Session(plan, 1, int(os.environ["WORLD_SIZE"])) as session:
+    with Session(plan, 1, world, directory) as session:
         measure_with_torch(plan, lambda result: session.add_all([result], start=0))
     return session.document
 
 
 class Session:
-    """Collects results while a progress bar shows how far they are."""
+    """Collects results while a progress bar shows how far they are, and writes them at its end."""
 
-    def __init__(self, plan: Plan, launches: int, ranks: int) -> None:
+    def __init__(self, plan: Plan, launches: int, ranks: int, directory: Path) -> None:
         """Expect the plan's cells ``launches`` times; ``ranks`` is the largest world."""
+        self._path = directory / JSON_NAME
         described = environment()
         self.document: Document = {
             "schema": results.SCHEMA,
@@ -87,9 +98,13 @@ class Session:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Leave the bar as it is."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the bar as it is, and write what was measured, also before an error."""
         self._progress.stop()
+        if kind is None or self.document["results"]:
+            results.write(self._path, self.document)
+        if kind is not None and self.document["results"]:
+            self._console.print(f"[yellow]warning:[/] {self._path} has the results so far")
 
     def add_all(self, found: Iterable[CellResult], start: int) -> None:
         """Take each result as it comes."""
@@ -134,13 +149,6 @@ def print_table(document: Document) -> None:
 def number(microseconds: float) -> str:
     """Format with three significant digits and no exponent."""
     return f"{microseconds:.1f}" if microseconds < 100 else f"{microseconds:.0f}"
-
-
-def write_json(document: Document, directory: Path) -> Path:
-    """Write the results into ``directory`` and return the file."""
-    path = directory / JSON_NAME
-    results.write(path, document)
-    return path
 
 
 def _nobody(result: CellResult) -> None:

@@ -112,23 +112,23 @@ def _measure(options: argparse.Namespace) -> int:
     )
     plan.check()
     if options.ray:
-        document = _measure_on_ray(plan, options.ranks, options.starts)
+        document = _measure_on_ray(plan, options.ranks, options.starts, options.out)
     elif session.launched_from_outside():
-        joined = session.run_as_rank(plan)
+        joined = session.run_as_rank(plan, options.out)
         if joined is None:
             return 0
         document = joined
     else:
         plan.check_here()
-        document = session.run_worlds(plan, options.ranks, options.starts)
+        document = session.run_worlds(plan, options.ranks, options.starts, options.out)
     session.print_table(document)
-    print(f"written: {session.write_json(document, options.out)}")
+    print(f"written: {options.out / session.JSON_NAME}")
     write_report(document, options.out / REPORT_NAME)
     print(f"written: {options.out / REPORT_NAME}")
     return 0
 
 
-def _measure_on_ray(plan: "Plan", worlds: Sequence[int], starts: int) -> "Document":
+def _measure_on_ray(plan: "Plan", worlds: Sequence[int], starts: int, directory: Path) -> "Document":
     from vllm_efa_ep.bench import session
 
     plan.check_for_ray()
@@ -143,7 +143,7 @@ def _measure_on_ray(plan: "Plan", worlds: Sequence[int], starts: int) -> "Docume
     except ImportError as error:
         raise ConfigurationError(f"--ray needs Ray ({error}); `pip install 'vllm-efa-ep[ray]'`") from error
     with ray_cluster():
-        return session.run_worlds(plan, worlds, starts, run_ray)
+        return session.run_worlds(plan, worlds, starts, directory, run_ray)
 
 
 def _compare(options: argparse.Namespace) -> int:

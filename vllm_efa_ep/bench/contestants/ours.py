@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vllm_efa_ep.all_to_all import AllToAll, AllToAllConfig
+from vllm_efa_ep.all_to_all import AllToAll
 from vllm_efa_ep.bench.contestants.contestant import Contestant, Workplace
 from vllm_efa_ep.bench.problem import Problem, WrongResultError
 
@@ -26,17 +26,7 @@ class Ours(Contestant):
     def __init__(self, problem: Problem, workplace: Workplace) -> None:
         """Allocate and connect for exactly this cell."""
         super().__init__(problem, workplace)
-        cell = problem.cell
-        config = AllToAllConfig(
-            hidden_size=cell.hidden,
-            num_experts=cell.experts,
-            top_k=cell.top_k,
-            max_tokens_per_rank=cell.tokens,
-            dtype=cell.format.dispatch,
-            combine_dtype=cell.format.combine,
-            scale_columns=cell.scale_columns,
-            device=problem.inputs.x.device.type,
-        )
+        config = problem.cell.config(problem.inputs.x.device.type)
         self._all_to_all = AllToAll(config, workplace.bootstrap, workplace.settings)
         self._x, self._expert_output = self._place()
 
