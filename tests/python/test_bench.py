@@ -335,6 +335,24 @@ def test_a_comparison_of_single_starts_says_so() -> None:
     assert any("differ in cpu" in caveat for caveat in caveats(before, after, compare(before, after)))
 
 
+def test_a_comparison_names_what_rounds_depend_on() -> None:
+    """Files of different devices, barriers or networks are compared, but not without a word."""
+    before, after = document({CELL: rounds(1, 100, 4)}), document({CELL: rounds(2, 100, 4)})
+    assert list(caveats(before, after, compare(before, after))) == []
+    after["plan"]["device"] = "cuda"
+    (elsewhere,) = (caveat for caveat in caveats(before, after, compare(before, after)))
+    assert elsewhere == "the runs differ in device: cpu and cuda"
+    for result in after["results"]:
+        result["barrier"] = "bootstrap"
+        result["contestants"]["ours"]["environment"] = {"provider": "efa", "fabric": "efa-direct"}
+    assert list(caveats(before, after, compare(before, after))) == [
+        elsewhere,
+        "the runs differ in barrier: shared memory and bootstrap",
+        "the runs differ in provider: tcp and efa",
+        "the runs differ in fabric: none and efa-direct",
+    ]
+
+
 def test_reports_know_every_contestant() -> None:
     """By the name that it has in results."""
     plan = replace(

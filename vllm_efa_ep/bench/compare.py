@@ -17,6 +17,7 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 # Differences that change the machine or the method; a ratio across them compares more than the code.
 _MUST_MATCH = ("cpu", "cores")
+_NETWORK = ("provider", "fabric")
 
 Key = tuple[tuple[str, object], ...]
 Starts = list[npt.NDArray[np.float64]]
@@ -93,6 +94,10 @@ def caveats(before: Document, after: Document, found: Sequence[Comparison]) -> I
         values = before["plan"][name], after["plan"][name]
         if values[0] != values[1]:
             yield f"the runs differ in {name}: {values[0]} and {values[1]}"
+    first, second = _conditions(before, after), _conditions(after, before)
+    for name in first:
+        if first[name] != second[name]:
+            yield f"the runs differ in {name}: {first[name]} and {second[name]}"
     if any(each.starts == 1 for each in found):
         yield (
             "one process start in a file: the intervals cover iterations, not starts, and are too narrow to "
@@ -100,6 +105,19 @@ def caveats(before: Document, after: Document, found: Sequence[Comparison]) -> I
         )
     if not found:
         yield "the files have no cell in common"
+
+
+def _conditions(document: Document, other: Document) -> dict[str, str]:
+    """Return what rounds depend on beside the cell, in the cells that the other document has, too."""
+    there = [each["cell"] for each in measured(other["results"])]
+    results = [each for each in measured(document["results"]) if each["cell"] in there]
+    networks = [each["contestants"]["ours"]["environment"] for each in results]
+    values = {
+        "device": {document["plan"].get("device", "cpu")},  # files are older than the choice of one
+        "barrier": {each["barrier"] for each in results},
+        **{name: {str(network.get(name) or "none") for network in networks} for name in _NETWORK},
+    }
+    return {name: " or ".join(sorted(each)) for name, each in values.items()}
 
 
 def _samples(document: Document) -> dict[Key, Starts]:
