@@ -108,6 +108,61 @@ def check_layers() -> None:
     assert not other.needs_round_robin_routing_tables
 
 
+def check_warnings() -> None:
+    """A configuration that does not use us, or not as safely as others, is told so, once."""
+    from vllm.config import CUDAGraphMode, ParallelConfig, VllmConfig
+
+    from vllm_efa_ep.vllm_plugin import config_warnings
+
+    def warnings(
+        backend: str = LOW_LATENCY,
+        moe: bool = True,
+        runner: str = "generate",
+        asynchronous: bool = True,
+        v2: bool = False,
+        graphs: CUDAGraphMode = CUDAGraphMode.FULL,
+        cuda: bool = True,
+        **parallel: Any,
+    ) -> str:
+        sizes = {"data_parallel_size": 2, "enable_expert_parallel": True, **parallel}
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(is_moe=moe, runner_type=runner),
+            parallel_config=ParallelConfig(all2all_backend=backend, **sizes),
+            scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
+            compilation_config=SimpleNamespace(cudagraph_mode=graphs),
+            use_v2_model_runner=v2,
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vllm.platforms.current_platform, "is_cuda", lambda: cuda)
+            return "\n".join(config_warnings.warnings_about(config))
+
+    one = {"data_parallel_size": 1, "tensor_parallel_size": 8}
+    assert not warnings(moe=False, **one)
+    for name in BACKEND_NAMES:
+        assert f"{name} is not used" in warnings(name, **one)
+    unasked: dict[str, dict[str, Any]] = {
+        "without data parallelism": {"data_parallel_size": 1, "prefill_context_parallel_size": 2},
+        "of a pooling model": {"runner": "pooling"},
+        "any pipeline stage but the last": {"pipeline_parallel_size": 2},
+        "synchronous scheduling": {"asynchronous": False},
+    }
+    assert not warnings()
+    assert not warnings(asynchronous=False, v2=True)
+    for words, options in unasked.items():
+        assert words in warnings(**options)
+        assert not warnings(HIGH_THROUGHPUT, **options)
+        assert not warnings(graphs=CUDAGraphMode.NONE, **options)
+        assert not warnings(cuda=False, **options)
+
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_warnings, "warnings_about", lambda _: ["not used"])
+        patch.setattr(config_warnings.logger, "warning", lambda _, text: told.append(text))
+        for backend in ("allgather_reducescatter", LOW_LATENCY, LOW_LATENCY):
+            VllmConfig(parallel_config=ParallelConfig(all2all_backend=backend))
+    assert told == ["not used"]
+
+
 def differing_signatures(implementation: type) -> Iterator[str]:
     """Yield the public methods that vLLM could not call as it calls those they override."""
     for name, method in inspect.getmembers(implementation, inspect.isfunction):
@@ -325,6 +380,7 @@ def main() -> None:
     register()
     check_configuration()
     check_settings_on_ray()
+    check_warnings()
 
     from vllm_efa_ep.vllm_plugin import moe_patches
 

@@ -15,7 +15,14 @@ from typing import Any
 
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
-from vllm_efa_ep.vllm_plugin import fault_tolerance, logger, metrics_endpoint, ray_patches, seams
+from vllm_efa_ep.vllm_plugin import (
+    config_warnings,
+    fault_tolerance,
+    logger,
+    metrics_endpoint,
+    ray_patches,
+    seams,
+)
 from vllm_efa_ep.vllm_plugin.backend_names import (
     BACKEND_NAMES,
     HIGH_THROUGHPUT,
@@ -144,6 +151,7 @@ def _stand_in_for_known_backends() -> None:
             fault_tolerance.allow_our_backends()  # processes that are forked have it from here
         if is_selected(self.parallel_config):
             ray_patches.prepare(self)
+            config_warnings.warn_about(self)
 
     VllmConfig.__post_init__ = post_init
 

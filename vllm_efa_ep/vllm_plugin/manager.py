@@ -24,11 +24,12 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
 
         Args:
             cpu_group: vLLM's gloo group of all EP ranks.
-            fault_tolerance: Whether vLLM shall ask ``query_fault`` after each step. It does on CUDA anyhow.
+            fault_tolerance: Whether vLLM shall ask ``query_fault`` after each step. On CUDA it is to, anyhow.
 
         """
         super().__init__(cpu_group)
-        # Halves in a replayed CUDA graph cannot raise; vLLM asks only a manager that says it knows faults.
+        # Halves in a replayed CUDA graph cannot raise; vLLM asks only a manager that says it knows faults,
+        # and in some configurations none: config_warnings.py names them.
         self.support_fault_tolerance = fault_tolerance or current_platform.is_cuda()
         self._last_mask = torch.zeros(self.world_size, dtype=torch.int32)
         use_vllm_log()
