@@ -31,6 +31,17 @@ def choose_platform() -> None:
     vllm.platforms.current_platform = CpuPlatform()
 
 
+def check_seams() -> None:
+    """All fit, and the doctor looks at all that a platform uses."""
+    values = [each if isinstance(each, tuple) else (each,) for each in vars(seams).values()]
+    listed = {seam for each in values for seam in each if isinstance(seam, seams.Seam)}
+    seams.require(listed)
+    of_cpu = set(seams.platform_seams())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm.platforms.current_platform, "is_cpu", lambda: False)
+        assert of_cpu | set(seams.platform_seams()) == listed
+
+
 def check_configuration() -> None:
     """The names are accepted and have the properties of backends of their kind."""
     from vllm.config.parallel import ParallelConfig
@@ -372,10 +383,7 @@ def check_classes() -> None:
 def main() -> None:
     """Run all checks."""
     choose_platform()
-    communicators = (seams.CPU_COMMUNICATOR_SEAM, seams.CUDA_COMMUNICATOR_SEAM)
-    cpu_seams = (*seams.CPU_MOE_SEAMS, *seams.CPU_RAY_SEAMS, *seams.RAY_ENGINE_SEAMS)
-    seams.require([*seams.CONFIG_SEAMS, *communicators, *seams.MOE_SEAMS, *cpu_seams])
-    seams.require([*seams.CUDA_MOE_SEAMS, *seams.FAULT_TOLERANCE_SEAMS])
+    check_seams()
 
     register()
     check_configuration()

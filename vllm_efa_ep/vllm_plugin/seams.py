@@ -6,6 +6,7 @@ is left alone; selecting our backend there raises ``VllmSeamError``.
 """
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ CONFIG_SEAMS = (
     Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",)),
     Seam("vllm.ray.ray_env", "DEFAULT_ENV_VAR_PREFIXES"),
     Seam("vllm.ray.ray_env", "DEFAULT_EXTRA_ENV_VARS"),
+    Seam(f"{_COMMUNICATORS}.base_device_communicator", "DeviceCommunicatorBase.destroy", ("self",)),
 )
 """Used by ``config_patches``, in every vLLM process."""
 
@@ -161,6 +163,7 @@ CUDA_MOE_SEAMS = (
 
 FAULT_TOLERANCE_SEAMS = (
     *_FAULT_QUERIES,
+    Seam("vllm.v1.worker.worker_base", "WorkerBase.__init__", ("self",)),
     Seam("vllm.v1.worker.sentinel.gpu_worker_sentinel", "FT_BACKEND_SET"),
     Seam(f"{_COMMUNICATORS}.base_device_communicator", "All2AllManagerBase.clean_buffers"),
 )
@@ -189,12 +192,18 @@ CPU_RAY_SEAMS = (
 
 
 def platform_seams() -> tuple[Seam, ...]:
-    """Return every seam that the plugin uses on vLLM's current platform."""
+    """Return every seam that the plugin uses on this platform, with Ray's where Ray is installed."""
     from vllm.platforms import current_platform
 
+    used = [*CONFIG_SEAMS, *MOE_SEAMS, *FAULT_TOLERANCE_SEAMS]
+    with_ray = importlib.util.find_spec("ray") is not None
+    if with_ray:
+        used += RAY_ENGINE_SEAMS
     if current_platform.is_cpu():
-        return (*CONFIG_SEAMS, CPU_COMMUNICATOR_SEAM, *MOE_SEAMS, *CPU_MOE_SEAMS)
-    return (*CONFIG_SEAMS, CUDA_COMMUNICATOR_SEAM, *MOE_SEAMS, *CUDA_MOE_SEAMS)
+        used += [CPU_COMMUNICATOR_SEAM, *CPU_MOE_SEAMS, *(CPU_RAY_SEAMS if with_ray else ())]
+    else:
+        used += [CUDA_COMMUNICATOR_SEAM, *CUDA_MOE_SEAMS]
+    return tuple(dict.fromkeys(used))  # some are used in two places
 
 
 def problems(seams: Iterable[Seam]) -> list[str]:
