@@ -71,6 +71,18 @@ def test_a_limit_above_the_memory_is_none(tmp_path: Path) -> None:
     assert found_on(machine)["memlock"].status is Status.OK
 
 
+def test_a_relative_secret_is_where_the_command_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is for the ranks, and not below the root directory."""
+    machine = good_machine("p5en", tmp_path / "machine")
+    machine.environment["EFA_EP_TOKEN_FILE"] = "secret.txt"
+    monkeypatch.chdir(tmp_path)
+    assert "secret.txt: No such file" in found_on(machine)["settings"].result
+    (tmp_path / "secret.txt").write_text("s" * 64)
+    assert found_on(machine)["settings"].status is Status.OK
+
+
 def test_pinning_is_allowed_by_the_capability_alone(tmp_path: Path) -> None:
     """Root in a container with IPC_LOCK needs no limit lifted."""
     machine = good_machine("p5en", tmp_path)

@@ -1,6 +1,7 @@
 """``settings``: are the EFA_EP_* variables what they should be?"""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from vllm_efa_ep.bootstrap.run import read_secret
 from vllm_efa_ep.config import SETTINGS, Settings
@@ -13,7 +14,9 @@ def _examine(system: System) -> Finding:
     try:
         settings = Settings.from_environment(system.environment)
         if settings.token_file:
-            read_secret(system.path(settings.token_file), "EFA_EP_TOKEN_FILE")
+            secret = Path(settings.token_file)
+            # A relative one is where the command was started, as for a rank.
+            read_secret(system.path(str(secret)) if secret.is_absolute() else secret, "EFA_EP_TOKEN_FILE")
     except ConfigurationError as error:
         return failed(str(error))
     given = {name: value for name, value in system.environment.items() if name.startswith("EFA_EP_")}
