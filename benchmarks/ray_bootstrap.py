@@ -76,7 +76,7 @@ def main() -> None:
         log_to_driver=False,
         object_store_memory=100 * 2**20,
     )
-    processes = [_Agents.options(max_concurrency=2).remote() for _ in range(arguments.processes)]
+    processes = [_Agents.remote() for _ in range(arguments.processes)]
     measure(arguments.processes, processes)  # imports and connections
     print(f"one coordinator, agents in {arguments.processes} processes, {os.cpu_count()} CPUs for everything")
     print(f"agents  join and compare (s)  exchange of {_PAYLOAD_BYTES} bytes each (s)")

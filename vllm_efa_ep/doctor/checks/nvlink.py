@@ -21,7 +21,6 @@ def _examine(system: System) -> Finding:
     if waiting:
         return failed(f"the NVSwitch fabric is not up: {'; '.join(waiting)} (GPU, state)")
     rows = [line.split() for line in matrix.text.splitlines() if re.match(r"\s*GPU\d+\s+(X|[A-Z]+)\s", line)]
-    rows = [row for row in rows if not row[1].startswith("GPU")]
     apart = [row[0] for row in rows if any(state not in ("X", "OK") for state in row[1:])]
     if not rows or apart:
         return failed(f"no NVLink to all others: {', '.join(apart) or 'nvidia-smi shows no GPU'}")
