@@ -39,7 +39,7 @@ def _together(report: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.long
 def test_nodes_that_agree_and_write_to_each_other() -> None:
-    """No EFA here is a warning, on each node; the cluster is well, and the exit status says so."""
+    """No EFA here is what the setting asks for; the cluster is well, and the exit status says so."""
     with hosts(2, _INTERFACES) as machines, ray_cluster(machines, _SETTINGS) as cluster:
         report = _examine(cluster, 0)
     assert len(report["nodes"]) == 2

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
-from doctor_troubles import TROUBLES, Trouble, no_driver
+from doctor_troubles import TROUBLES, Trouble, no_driver, uses
 from recorded_machines import TYPES, Machine, good_machine, machine_without_efa
 
 from vllm_efa_ep.doctor.check import Outcome, Status
 from vllm_efa_ep.doctor.checks import CHECKS
 from vllm_efa_ep.doctor.examination import Report, examine
 from vllm_efa_ep.doctor.next_steps import next_steps
+
+EFA_CHECKS = {"efa-devices", "provider"}
 
 
 def found_on(machine: Machine, efa_required: bool = False) -> dict[str, Outcome]:
@@ -27,10 +29,7 @@ def test_nothing_is_wrong_with_a_good_machine(instance: str, tmp_path: Path) -> 
 def test_without_efa_it_says_what_would_be_used_and_what_to_do(tmp_path: Path) -> None:
     """A developer's machine: CPU device, TCP, no failure; but a failure where EFA is demanded."""
     outcomes = found_on(machine_without_efa(tmp_path))
-    assert {name for name, each in outcomes.items() if each.status is Status.WARNING} == {
-        "efa-devices",
-        "provider",
-    }
+    assert {name for name, each in outcomes.items() if each.status is Status.WARNING} == EFA_CHECKS
     assert not [name for name, each in outcomes.items() if each.status is Status.FAILED]
     assert "TCP" in outcomes["efa-devices"].result
     assert "provider net" in outcomes["provider"].result
@@ -39,11 +38,30 @@ def test_without_efa_it_says_what_would_be_used_and_what_to_do(tmp_path: Path) -
     assert "make demo" in steps[0]
     assert "examples/eks" in steps[1]
 
-    demanded = found_on(machine_without_efa(tmp_path / "again"), efa_required=True)
-    assert {name for name, each in demanded.items() if each.status is Status.FAILED} == {
-        "efa-devices",
-        "provider",
-    }
+    assert failing_where_efa_is_demanded(machine_without_efa(tmp_path / "again")) == EFA_CHECKS
+
+
+def failing_where_efa_is_demanded(machine: Machine) -> set[str]:
+    """Return the checks that fail with ``--require-efa``."""
+    outcomes = found_on(machine, efa_required=True)
+    return {name for name, each in outcomes.items() if each.status is Status.FAILED}
+
+
+@pytest.mark.parametrize("provider", ["tcp", "net"])
+def test_tcp_that_was_asked_for_is_nothing_to_warn_about(provider: str, tmp_path: Path) -> None:
+    """The fix of both checks, but for where EFA is demanded, or is there."""
+    machine = machine_without_efa(tmp_path / "without")
+    machine.environment["EFA_EP_PROVIDER"] = provider
+    outcomes = found_on(machine)
+    for name in EFA_CHECKS:
+        assert outcomes[name].status is Status.OK
+        assert f"as EFA_EP_PROVIDER={provider} asks" in outcomes[name].result
+    assert failing_where_efa_is_demanded(machine) == EFA_CHECKS
+
+    machine = good_machine("p5en", tmp_path / "with")
+    machine.environment["EFA_EP_PROVIDER"] = provider
+    uses(machine, provider=provider, fabric="10.0.0.0/16", nics=["ens5"])
+    assert found_on(machine)["provider"].status is Status.FAILED
 
 
 @pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: trouble.what)

@@ -11,6 +11,7 @@ from vllm_efa_ep.config import Settings
 from vllm_efa_ep.doctor.check import Check, Finding, Outcome, Status, run_check, worst
 from vllm_efa_ep.doctor.checks import CHECKS
 from vllm_efa_ep.doctor.cluster import agreement, pairs
+from vllm_efa_ep.doctor.hardware import meant_instead_of_efa
 from vllm_efa_ep.doctor.system import System
 from vllm_efa_ep.errors import ConfigurationError
 from vllm_efa_ep.world import host_identity
@@ -74,10 +75,12 @@ def examine(
 
     """
     outcomes = []
+    instead = meant_instead_of_efa(system)
     for check in checks:
         begin(check.name)
         outcome = run_check(check, system)
-        if efa_required and check.name in _NEEDED_FOR_EFA and outcome.status is Status.WARNING:
+        without_efa = outcome.status is Status.WARNING or instead
+        if efa_required and check.name in _NEEDED_FOR_EFA and without_efa:
             outcome = replace(outcome, status=Status.FAILED)
         outcomes.append(outcome)
     return outcomes

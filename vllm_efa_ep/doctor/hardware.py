@@ -30,6 +30,12 @@ def efa_devices(system: System) -> list[PciDevice]:
     return [device for device in _devices(system, _AMAZON) if _EFA.fullmatch(device.device_id)]
 
 
+def meant_instead_of_efa(system: System) -> str:
+    """Return the setting that asks for TCP; empty without one, and on a machine that has EFA devices."""
+    asked = system.environment.get("EFA_EP_PROVIDER", "")
+    return f"EFA_EP_PROVIDER={asked}" if asked in ("tcp", "net") and not efa_devices(system) else ""
+
+
 def nvidia_gpus(system: System) -> list[PciDevice]:
     """Return the NVIDIA GPUs on the PCI bus, with or without a driver."""
     display = "0x03"

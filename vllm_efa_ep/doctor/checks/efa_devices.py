@@ -1,7 +1,7 @@
 """``efa-devices``: are there EFA devices, as many as the instance has, and of a generation that can write?"""
 
 from vllm_efa_ep.doctor.check import Check, Finding, failed, ok, warning
-from vllm_efa_ep.doctor.hardware import efa_devices
+from vllm_efa_ep.doctor.hardware import efa_devices, meant_instead_of_efa
 from vllm_efa_ep.doctor.instances import INSTANCES, instance_type
 from vllm_efa_ep.doctor.system import System
 
@@ -14,6 +14,8 @@ def _examine(system: System) -> Finding:
     devices = efa_devices(system)
     instance = instance_type(system)
     where = f"{instance} has" if instance else "this machine has"
+    if meant := meant_instead_of_efa(system):
+        return ok(f"{where} no EFA device: rows between nodes travel over TCP, as {meant} asks")
     if not devices:
         if instance in INSTANCES:
             return failed(f"{where} no EFA device attached; it can have {INSTANCES[instance].nics}")

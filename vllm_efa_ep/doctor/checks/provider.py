@@ -1,7 +1,7 @@
 """``provider``: which libfabric provider and fabric would carry the rows?"""
 
 from vllm_efa_ep.doctor.check import Check, Finding, failed, ok, warning
-from vllm_efa_ep.doctor.hardware import efa_devices
+from vllm_efa_ep.doctor.hardware import efa_devices, meant_instead_of_efa
 from vllm_efa_ep.doctor.system import System
 
 
@@ -15,6 +15,8 @@ def _examine(system: System) -> Finding:
     if provider != "efa":
         if efa_devices(system):
             return failed(f"{found}: the EFA devices of this machine would not be used", **facts)
+        if meant := meant_instead_of_efa(system):
+            return ok(f"{found}, as {meant} asks", **facts)
         return warning(f"{found}: for trying and for development, not for speed", **facts)
     if fabric != "efa-direct":
         return warning(f"{found}: the slower of EFA's two fabrics", **facts)
