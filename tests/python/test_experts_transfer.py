@@ -140,6 +140,8 @@ def _rehost(rank: Rank) -> None:
         rank.tell("offered")
         rank.await_go()
         moves = plan_moves(old, new, 3, lost={2})[own]
+        with pytest.raises(ConfigurationError, match="pass a step that was never used before"):
+            transfer.pull_together(_LAYER, moves, staging, survivors=(0, 1))
         transfer.pull_together(_LAYER, moves, staging, survivors=(0, 1), step="generation 2")
         wanted = _weights(_local(new, own))
         for name, tensor in weights.items():

@@ -34,7 +34,7 @@ CHECK = Check(
     name="efa-devices",
     why="Rows travel between nodes as RDMA writes of EFA devices; each GPU drives its share of them.",
     fix=(
-        "Launch p5, p5e, p5en or p6 instances with an EFA interface on every network card: "
+        "Launch p5, p5e, p5en or p6 instances with an EFA interface on every network card that takes one: "
         "`efaEnabled: true` of an eksctl node group (examples/eks), `Efa: {Enabled: true}` of a "
         "ParallelCluster compute resource (examples/parallelcluster). Without EFA, set "
         "EFA_EP_PROVIDER=tcp to say that TCP is meant."

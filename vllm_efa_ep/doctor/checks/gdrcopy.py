@@ -29,8 +29,9 @@ CHECK = Check(
     ),
     fix=(
         "Host: install GDRCopy 2.5 or newer (https://github.com/NVIDIA/gdrcopy) and `sudo modprobe "
-        "gdrdrv`. Image: `apt-get install libgdrapi`, or its build, then `ldconfig`. Pod: give it "
-        "/dev/gdrdrv by a device plugin; a hostPath would need a privileged pod."
+        "gdrdrv`. Image: `apt-get install libgdrapi`, or its build, then `ldconfig`. Pod: "
+        "`NVIDIA_GDRCOPY=enabled` in its environment, with NVIDIA's container runtime, or a device "
+        "plugin; a hostPath would need a privileged pod."
     ),
     examine=_examine,
 )

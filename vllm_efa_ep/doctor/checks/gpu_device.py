@@ -27,7 +27,7 @@ CHECK = Check(
     ),
     fix=(
         "`nvidia-smi` must list the GPUs (in a pod: `nvidia.com/gpu: 8`); `pip install vllm` gives "
-        "torch with CUDA; install this package with nvcc on the PATH, or its CUDA wheel."
+        "torch with CUDA; install this package with nvcc on the PATH."
     ),
     examine=_examine,
 )
