@@ -98,6 +98,7 @@ class Generation:
             if config.quantisation == "none"
         ]
         self.results = [results(self.connection, layout, channel, config) for channel in channels]
+        self.connection.watch.end_waits_by(self._end_waits)
 
     def start_round(self, channel: int) -> int:
         """Count a round that this rank has begun, let its stand-ins begin it, and return its number."""
@@ -177,6 +178,7 @@ class Generation:
         try:
             self._write_trace()
         finally:
+            self.connection.watch.close()  # its thread may end waits, in memory that goes now
             self._device = None
             self.activations, self.results = [], []
             # All of them first: on a GPU, to wait for one is to wait for all.
@@ -202,9 +204,18 @@ class Generation:
             raise ConfigurationError("this AllToAll is closed; build a new one")
         return self._device
 
+    def _end_waits(self) -> None:
+        self.connection.memory.end_waits()
+        for stand_in in self.stand_ins:
+            stand_in.end_waits()
+
     def _explained(self, error: EfaEpError) -> EfaEpError:
         grace_s = self._settings.timeout_s * _DIAGNOSIS_SHARE
         watch = self.connection.watch
+        if isinstance(error, RankTimeoutError):  # a kernel knows that its wait was ended, but not why
+            loss = watch.loss(error.half, error.round, str(error))
+            if loss is not None:
+                return loss
         reason = explain(
             self._bootstrap, error, grace_s, watch.verdict, lambda: watch.called_off, self.world.server_of
         )

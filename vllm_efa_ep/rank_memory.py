@@ -148,6 +148,9 @@ class RankMemory(Protocol):
     def wait(self) -> None:
         """Wait for the halves that were called; each has its own deadline."""
 
+    def end_waits(self) -> None:
+        """End waits that nobody will answer, from any thread, where halves do not ask for that themselves."""
+
     def stop(self) -> None:
         """End waits of halves that still run: their memory goes. ``wait`` for them."""
 
@@ -213,6 +216,9 @@ class HostMemory:
 
     def wait(self) -> None:
         """Halves are over when they return."""
+
+    def end_waits(self) -> None:
+        """Halves ask."""
 
     def stop(self) -> None:
         """Halves are over when they return."""

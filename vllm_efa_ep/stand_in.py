@@ -75,6 +75,10 @@ class StandIn:
                 raise RankTimeoutError(wait, "close", 0, (self.rank,))
         self._connection.drain(timeout_s, check)
 
+    def end_waits(self) -> None:
+        """End waits of its kernels for ranks that will not answer."""
+        self._connection.memory.end_waits()
+
     def stop(self) -> None:
         """End its threads, and whatever they wait for."""
         self._core.stop()

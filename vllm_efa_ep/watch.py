@@ -12,6 +12,8 @@ follow. Whoever goes because of it, or in order, says so before (``leave``).
 
 A frozen process keeps its connections; for it there is the deadline of the halves. The first rank whose
 deadline passes may call the others off (``call_off``), whose waits then end, too.
+
+A half on the CPU asks while it waits (``check``); a kernel cannot, so its rank is told (``end_waits_by``).
 """
 
 import json
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from threading import Thread
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet
 
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.bootstrap.admission import callers
@@ -61,6 +63,7 @@ class Watch:
         self._gone: frozenset[int] = frozenset()
         self._called_off = False
         self._left = False
+        self._ends_waits: WeakMethod[Callable[[], None]] | None = None
         self._wake, self._woken = socket.socketpair()
         self._thread = Thread(target=self._listen, name="efa_ep_watch", daemon=True)
         _watches.add(self)
@@ -93,10 +96,29 @@ class Watch:
             RankLostError: A rank is gone, or others call for a mask.
 
         """
+        loss = self.loss(half, round, wait)
+        if loss is not None:
+            raise loss
+
+    def loss(self, half: str, round: int, wait: str) -> RankLostError | None:
+        """Return what ``check`` raises, None if the wait may be answered."""
         if self._lost is not None:
-            raise RankLostError(f"{wait}, but {self.verdict()}", half, round, self._lost)
+            return RankLostError(f"{wait}, but {self.verdict()}", half, round, self._lost)
         if self._called_off:
-            raise RankLostError(f"{wait}, but another rank has given up and called mask()", half, round, -1)
+            return RankLostError(f"{wait}, but another rank has given up and called mask()", half, round, -1)
+        return None
+
+    def end_waits_by(self, end_waits: Callable[[], None]) -> None:
+        """Have ``end_waits`` called, once or more, when a rank is gone or others call for a mask.
+
+        Args:
+            end_waits: A method, whose object this does not keep alive. It is called here if that is known
+                already, else by the watch's thread, and not after ``close``.
+
+        """
+        self._ends_waits = WeakMethod(end_waits)
+        if self._lost is not None or self._called_off:
+            end_waits()
 
     def verdict(self) -> str:
         """Say who is gone, empty if nobody is."""
@@ -153,6 +175,7 @@ class Watch:
             if not self._called_off:
                 self._called_off = True
                 self._tell(rank, self._others(neighbour))
+                self._end_waits()
         elif rank == neighbour:
             self._leaving.add(rank)
         elif rank >= self._size:
@@ -176,6 +199,12 @@ class Watch:
         if self._lost is None:
             self._lost = rank
             logger.error("EFA EP: rank %d sees that %s", self._rank, self.verdict())
+            self._end_waits()
+
+    def _end_waits(self) -> None:
+        end_waits = self._ends_waits() if self._ends_waits is not None else None
+        if end_waits is not None:
+            end_waits()
 
     def _others(self, source: int) -> list[int]:
         return [neighbour for neighbour in self._neighbours if neighbour != source]

@@ -98,11 +98,12 @@ class Streams:
 
 
 def fake_cuda(
-    library: ctypes.CDLL, signals: str, stream: Callable[[], int] | None = None
+    library: ctypes.CDLL, signals: str, stream: Callable[[], int] | None = None, eager: bool = True
 ) -> tuple[Streams, "FakeDriver"]:
     """Replace what touches a GPU: the driver, torch.cuda, sysfs and, for ``gdrcopy``, that library.
 
-    ``stream`` returns the current one of a thread; by default each has its own.
+    ``stream`` returns the current one of a thread; by default each has its own. ``eager``: every half waits
+    until its kernels are over; else the caller does, before it reads what they write.
     """
     from fake_driver import FakeDriver
     from pci_trees import build, lines_of
@@ -127,7 +128,7 @@ def fake_cuda(
 
         setattr(halves.CudaHalves, name, call)
 
-    for name in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"):
+    for name in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv") if eager else ():
         synchronised(name)
     halves.current_stream = streams.current
     halves.is_capturing = streams.is_capturing

@@ -40,3 +40,9 @@ def test_rounds_match_the_oracle(signals: str) -> None:
 def test_a_captured_round_outlives_the_loss_of_a_rank(layout: str) -> None:
     """The same graph is replayed before, without the rank, and after its return; a half is launches only."""
     _run("graphs_on_fibers.py", layout)
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "per_token"])
+def test_a_lost_rank_ends_waits_of_kernels(layout: str) -> None:
+    """They cannot ask. Those of stand-ins end, too, and those of the next generation do not."""
+    _run("loss_on_fibers.py", layout)

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import weakref
 
 import pytest
 import torch
@@ -76,6 +77,44 @@ def test_leaving_in_order_is_no_loss(hosts: str, monkeypatch: pytest.MonkeyPatch
             assert each.lost is None
             each.leave()
             each.close()
+
+
+class _Waits:
+    """Of something that cannot ask the watch."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def end(self) -> None:
+        self.ended.set()
+
+
+@pytest.mark.parametrize("called_off", [False, True])
+def test_who_cannot_ask_is_told(called_off: bool) -> None:
+    """That nobody will answer, also if it was known before; not after the watch, and not kept alive by it."""
+    watches = run_ranks(4, _start)
+    early, late, dropped, closed = _Waits(), _Waits(), _Waits(), _Waits()
+    watches[0].end_waits_by(early.end)
+    watches[1].end_waits_by(dropped.end)
+    kept_alive = weakref.ref(dropped)
+    del dropped
+    assert kept_alive() is None
+    watches[2].end_waits_by(closed.end)
+    watches[2].leave()
+    watches[2].close()
+    assert not early.ended.is_set()
+    if called_off:
+        watches[3].call_off()
+    watches[3].close()
+    assert early.ended.wait(DEADLINE_S)
+    assert until(lambda: watches[1].loss("dispatch_recv", 1, "a wait") is not None)
+    watches[1].end_waits_by(late.end)
+    assert late.ended.is_set()
+    for each in watches[:2]:
+        each.leave()
+    for each in watches[:2]:
+        each.close()
+    assert not closed.ended.is_set()
 
 
 def test_one_tree_with_few_connections(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,10 +174,14 @@ class GpuMemory:
         if self._gpu is not None:
             self._gpu.synchronize()
 
-    def stop(self) -> None:
+    def end_waits(self) -> None:
         """Let no kernel wait for another rank any more."""
         if self._host is not None:
             _core.cuda_stop(self._host.address)
+
+    def stop(self) -> None:
+        """End waits, and let go of the device."""
+        self.end_waits()
         self._core = None  # which would keep the proxy alive
 
     def close(self) -> None:
