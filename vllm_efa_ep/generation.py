@@ -83,11 +83,7 @@ class Generation:
         # Without a reference to this instance, which would keep itself alive through the device.
         self._check_wait = partial(_check_wait, self.stand_ins, self.connection.watch)
         self._device: Halves | None = self.connection.memory.make_halves(
-            {
-                **_device_arguments(config, settings, owners, *position),
-                "quantisation": QUANTISATIONS[config.quantisation],
-            },
-            self._check_wait,
+            _device_arguments(config, settings, owners, *position), self._check_wait
         )
         layout = config.core_layout(self.world.size, self.world.ranks_per_node)
         channels = range(config.channels)
@@ -341,6 +337,7 @@ def _device_arguments(
         "expert_owner": owners,
         "combine_type": COMBINE_TYPES[config.combine_dtype],
         "per_expert": config.layout == "per_expert",
+        "quantisation": QUANTISATIONS[config.quantisation],
         "timeout_s": _wait_seconds(settings),
         "arenas": connection.arenas,
         "proxy": connection.proxy,

@@ -200,8 +200,8 @@ class HostMemory:
         return _core.CpuDevice(**arguments, check_wait=check_wait, trace_spans=self._traced_spans)
 
     def make_stand_in(self, arguments: dict[str, Any], server: "HostMemory") -> StandInCore:  # noqa: ARG002
-        """Return the halves in threads."""
-        return _core.StandIn(**arguments)
+        """Return the halves in threads, which have no tokens to quantise."""
+        return _core.StandIn(**{name: arguments[name] for name in arguments if name != "quantisation"})
 
     def first_room(self, capacity: int) -> int:  # noqa: ARG002
         """Rows are counted before they are packed, so room can wait."""

@@ -42,7 +42,9 @@ def test_a_captured_round_outlives_the_loss_of_a_rank(layout: str) -> None:
     _run("graphs_on_fibers.py", layout)
 
 
-@pytest.mark.parametrize("layout", ["per_expert", "per_token"])
-def test_a_lost_rank_ends_waits_of_kernels(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "quantisation"), [("per_expert", "none"), ("per_token", "none"), ("per_token", "fp8")]
+)
+def test_a_lost_rank_ends_waits_of_kernels(layout: str, quantisation: str) -> None:
     """They cannot ask. Those of stand-ins end, too, and those of the next generation do not."""
-    _run("loss_on_fibers.py", layout)
+    _run("loss_on_fibers.py", layout, quantisation)

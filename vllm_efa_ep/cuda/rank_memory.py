@@ -132,8 +132,9 @@ class GpuMemory:
 
     def make_stand_in(self, arguments: dict[str, Any], server: "GpuMemory") -> GpuStandIn:
         """Return what serves a lost rank's position; ``server`` is the memory of the rank that does."""
-        quantisation = _core.Quantisation.none  # of no tokens
-        device = self._make_device({**arguments, "quantisation": quantisation}, lambda *_: None)
+        # Its kernels are those of the server, for no tokens: CUDA may load another one only when the GPU is
+        # idle, while the server's wait for those.
+        device = self._make_device(arguments, lambda *_: None)
         host, server_host = self._host_block(arguments["layout"]), server._host_block(arguments["layout"])
         return GpuStandIn(device, host.address, server_host.address, self._ordinal)
 
