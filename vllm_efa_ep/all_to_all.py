@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 
 from vllm_efa_ep.all_to_all_config import AllToAllConfig
-from vllm_efa_ep.argument_checks import checked
+from vllm_efa_ep.argument_checks import ALIGNMENT, aligned, check, checked
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.dispatch_input import DispatchInput
@@ -161,6 +161,8 @@ class AllToAll:
 
         Args:
             x: ``[T, columns]`` of ``config.input_dtype``: ``config.dtype``, or bfloat16 to be quantised.
+                Copied first if it is not contiguous, not at a multiple of 16 bytes, or rows of
+                ``activations()`` but not the first ones.
             topk_ids: int32 or int64 ``[T, K]`` global expert ids; -1 drops a slot. So does an expert whose
                 rank is lost; it is counted (``Stats.dropped_slots``), and no other weight changes.
             topk_weights: float32 ``[T, K]``.
@@ -238,7 +240,8 @@ class AllToAll:
                 "expert_output [M, H] is summed over experts, so combine cannot weight it any more; apply "
                 "the weights in the experts, or pass [M, K, H]"
             )
-        expert_output = checked("expert_output", expert_output, shape, (config.combine_dtype,), self._device)
+        check("expert_output", expert_output, shape, (config.combine_dtype,), self._device)
+        expert_output = aligned(expert_output)
         applied = summed if weights_applied is None else weights_applied
         with self._range("combine_send"):
             generation.call(
@@ -252,8 +255,8 @@ class AllToAll:
 
         Args:
             handle: The round.
-            out: ``[T, H]`` of ``config.combine_dtype``, contiguous; default: a new tensor. Tokens without
-                experts get zeros.
+            out: ``[T, H]`` of ``config.combine_dtype``, contiguous, at a multiple of 16 bytes; default: a new
+                tensor. Tokens without experts get zeros.
 
         Raises:
             RankLostError: A rank is gone; the message names it.
@@ -270,6 +273,11 @@ class AllToAll:
                 "out must be contiguous, since it is written in place; pass out.contiguous()"
             )
         address = out.data_ptr()
+        if address % ALIGNMENT:
+            raise ConfigurationError(
+                f"out starts {address % ALIGNMENT} bytes behind a multiple of {ALIGNMENT}, which kernels "
+                "write at a time; pass a tensor that is no part of another, for example of torch.empty()"
+            )
         with self._range("combine_recv"):
             generation.call(lambda device: device.combine_recv(handle.channel, address))
         return out

@@ -4,6 +4,9 @@ import torch
 
 from vllm_efa_ep.errors import ConfigurationError
 
+# Of rows, which kernels read and write that many bytes at a time.
+ALIGNMENT = 16
+
 
 def checked(
     name: str,
@@ -35,3 +38,9 @@ def check(
         accepted = " or ".join(map(str, dtypes))
         raise ConfigurationError(f"{name} has dtype {tensor.dtype}; convert it to {accepted}")
     raise ConfigurationError(f"{name} has shape {list(tensor.shape)}; pass {list(shape)}")
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor, or a copy if it is not contiguous or not at a multiple of ``ALIGNMENT``."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_efa_ep.all_to_all_config import AllToAllConfig
-from vllm_efa_ep.argument_checks import check, checked
+from vllm_efa_ep.argument_checks import aligned, check, checked
 from vllm_efa_ep.errors import ConfigurationError
 from vllm_efa_ep.rank_memory import Halves
 
@@ -40,8 +40,7 @@ class DispatchInput:
         """
         tokens = x.shape[0] if x.ndim > 0 else 0
         check("x", x, (tokens, config.columns), (config.input_dtype,), device)
-        if in_place is None or x.stride() != in_place.stride():  # rows elsewhere must lie side by side
-            x = x.contiguous()
+        x = aligned(x) if in_place is None else _where_it_may_stay(x, in_place)
         shape = (tokens, config.top_k)
         topk_ids = checked("topk_ids", topk_ids, shape, (torch.int32, torch.int64), device)
         topk_weights = checked("topk_weights", topk_weights, shape, (torch.float32,), device)
@@ -74,3 +73,14 @@ class DispatchInput:
             self.tokens,
             self.count.data_ptr() if self.count is not None else 0,
         )
+
+
+def _where_it_may_stay(x: torch.Tensor, in_place: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` if it is the first rows of ``in_place``, else rows side by side that are no part of it."""
+    offset = x.data_ptr() - in_place.data_ptr()
+    if offset == 0 and x.stride() == in_place.stride():
+        return x
+    if 0 <= offset < in_place.shape[0] * in_place.stride(0) * in_place.itemsize:
+        # Dispatch writes rows there while it reads others of x.
+        return x.clone(memory_format=torch.contiguous_format)
+    return aligned(x)

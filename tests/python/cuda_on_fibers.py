@@ -25,6 +25,7 @@ import vllm_efa_ep
 if TYPE_CHECKING:
     from fake_driver import FakeDriver
 
+    from vllm_efa_ep import AllToAll
     from vllm_efa_ep.cuda.arena import DeviceView
 
 
@@ -211,6 +212,23 @@ def quantise_and_count(libfabric: str, signals: str) -> None:
         print("quantised", quantisation, flush=True)
 
 
+def place_oddly(libfabric: str, signals: str) -> None:
+    """Dispatch parts of other tensors; the engine ends the process at a misaligned access."""
+    from placed_rounds import config_of, play_at_odd_addresses, play_over_activations
+    from thread_world import run_world, settings_of
+
+    def body(all_to_all: "AllToAll") -> None:
+        play_over_activations(all_to_all)
+        play_at_odd_addresses(all_to_all)
+
+    for size, ranks_per_node in ((2, 2), (4, 2)):
+        settings = settings_of(
+            ranks_per_node, provider="efaemu", libfabric=libfabric, gpu_signals=signals, num_sms=2
+        )
+        run_world(config_of(size, "cuda"), size, settings, body)
+        print("placed oddly:", size, ranks_per_node, flush=True)
+
+
 def come_late(libfabric: str, signals: str) -> None:
     """Kernels take the times of all rounds but the newest, and name the rank for which they waited."""
     from test_times import LATE_RANK, LATE_S, ROUNDS, expect_samples, stats_of_rounds
@@ -259,6 +277,7 @@ def main() -> None:
     fake_cuda(load_core(Path(directory)), signals)
     play_scenes(libfabric, signals)
     quantise_and_count(libfabric, signals)
+    place_oddly(libfabric, signals)
     come_late(libfabric, signals)
     time_out()
 

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import placed_rounds
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Batch, check_combined, check_dispatched, compute_experts
+from placed_rounds import play_at_odd_addresses, play_over_activations
 from thread_world import run_world, settings_of
 
 from vllm_efa_ep import AllToAll, AllToAllConfig, Dispatched, Handle
@@ -242,6 +244,17 @@ def test_rounds_go_on_for_long() -> None:
     config = AllToAllConfig(16, 8, 2, 2, channels=2)
     scene = Scene(2, 2, config, rounds=200, seed=1, exact=False, per_slot=False, weighted=True)
     play(scene, settings_of(2, ring_commands=16, chunk_bytes=1))
+
+
+@pytest.mark.parametrize(("size", "ranks_per_node"), [(2, 2), (4, 2), (2, 1)])
+def test_inputs_may_lie_anywhere(size: int, ranks_per_node: int) -> None:
+    """Also where dispatch writes (on fibers: cuda_on_fibers.py)."""
+
+    def body(all_to_all: AllToAll) -> None:
+        play_over_activations(all_to_all)
+        play_at_odd_addresses(all_to_all)
+
+    run_world(placed_rounds.config_of(size, "cpu"), size, settings_of(ranks_per_node), body)
 
 
 def test_inputs_need_not_be_contiguous() -> None:
