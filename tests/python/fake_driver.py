@@ -20,6 +20,7 @@ from cuda.bindings import driver as cuda
 
 _OK = cuda.CUresult.CUDA_SUCCESS
 _HANDLE_TYPE = cuda.CUmemAllocationHandleType
+_WRITES_ORDERING = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
@@ -50,7 +51,7 @@ class FakeDriver:
         self._refusals: dict[str, Any] = {}
         self._originals: dict[str, Any] = {}
         self.live: set[tuple[str, int]] = set()
-        self.attributes: dict[Any, int] = {}  # those that differ from 1
+        self.attributes: dict[Any, int] = {_WRITES_ORDERING: 200}  # those that differ from 1
         self._calls: list[tuple[int, str]] = []  # thread and name
 
     def refuse(self, name: str, result: Any) -> None:

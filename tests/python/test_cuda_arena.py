@@ -1,6 +1,7 @@
 """GPU arenas on a driver whose memory is memfds: what one process writes, another reads through the fd."""
 
 import ctypes
+import logging
 import os
 import subprocess
 import sys
@@ -237,6 +238,10 @@ def test_a_gpu_that_cannot_be_opened(driver: FakeDriver, name: str, result: obje
         ),
         (ATTRIBUTE.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, "file descriptors"),
         (ATTRIBUTE.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED, "NICs cannot reach"),
+        (
+            ATTRIBUTE.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING,
+            r"may not see what NICs have written .* is 0, below 100\); use a GPU from Hopper on",
+        ),
     ],
 )
 def test_a_gpu_that_lacks_something(driver: FakeDriver, attribute: object, text: str) -> None:
@@ -245,6 +250,18 @@ def test_a_gpu_that_lacks_something(driver: FakeDriver, attribute: object, text:
     with pytest.raises(DeviceUnavailableError, match=text) as error:
         require_rdma(open_gpu(0))
     assert "CU_DEVICE_ATTRIBUTE" in str(error.value)
+
+
+@pytest.mark.parametrize(("ordering", "records"), [(100, 1), (200, 0)])
+def test_a_gpu_orders_what_nics_write(
+    driver: FakeDriver, caplog: pytest.LogCaptureFixture, ordering: int, records: int
+) -> None:
+    """For itself at least: ranks of its node hear of rows from its kernels, and operators of this."""
+    driver.attributes[ATTRIBUTE.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING] = ordering
+    with caplog.at_level(logging.INFO, "vllm_efa_ep"):
+        require_rdma(open_gpu(0))
+    assert len(caplog.records) == records
+    assert all("for its own kernels only" in each.message for each in caplog.records)
 
 
 def test_pinned_and_plain_device_memory_are_zero_and_given_back(driver: FakeDriver) -> None:

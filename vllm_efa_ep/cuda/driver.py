@@ -3,12 +3,15 @@
 ``cuda.bindings`` finds libcuda at the first call, so this module loads on machines without a driver.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from vllm_efa_ep.errors import CudaError, DeviceUnavailableError
+
+logger = logging.getLogger(__name__)
 
 # What to do about results that users meet when something around the program is not set up.
 _REMEDIES: Mapping[str, str] = {
@@ -97,9 +100,13 @@ class Gpu:
         call(f"waiting for GPU {self.ordinal}", "cuCtxSynchronize")
 
 
-def _supports(ordinal: int, attribute: Any) -> bool:
+def _attribute(ordinal: int, attribute: Any) -> int:
     what = f"asking what GPU {ordinal} can do"
-    return bool(call(what, "cuDeviceGetAttribute", attribute, call(what, "cuDeviceGet", ordinal)))
+    return int(call(what, "cuDeviceGetAttribute", attribute, call(what, "cuDeviceGet", ordinal)))
+
+
+def _supports(ordinal: int, attribute: Any) -> bool:
+    return _attribute(ordinal, attribute) != 0
 
 
 def open_gpu(ordinal: int) -> Gpu:
@@ -146,17 +153,33 @@ def open_gpu(ordinal: int) -> Gpu:
 
 
 def require_rdma(gpu: Gpu) -> None:
-    """Check that NICs can write to memory of the kind ``DeviceArena`` uses.
+    """Check that NICs can write to memory of the kind ``DeviceArena`` uses, and running kernels read it then.
 
     Raises:
         DeviceUnavailableError: They cannot.
 
     """
-    attribute = bindings().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
+    cuda = bindings()
+    attribute = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
     if not _supports(gpu.ordinal, attribute):
         raise DeviceUnavailableError(
             f"NICs cannot reach the memory of GPU {gpu.ordinal} ({attribute.name} is 0); use a data-centre "
             "GPU and, in a virtual machine, one that is passed through with its NICs"
+        )
+    attribute = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
+    owner = cuda.CUGPUDirectRDMAWritesOrdering.CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER
+    ordering = _attribute(gpu.ordinal, attribute)
+    if ordering < owner:
+        raise DeviceUnavailableError(
+            f"kernels that run on GPU {gpu.ordinal} may not see what NICs have written to it "
+            f"({attribute.name} is {ordering}, below {int(owner)}); use a GPU from Hopper on, or run all "
+            "ranks on one host, where no NIC takes part"
+        )
+    if ordering == owner:
+        logger.info(
+            "EFA EP: GPU %d orders writes of NICs for its own kernels only (%s is %d): other ranks of its "
+            "node read rows after those have seen them",
+            *(gpu.ordinal, attribute.name, ordering),
         )
 
 
