@@ -222,8 +222,8 @@ class ExpertTransfer:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         if survivors is not None and not step:
             raise ConfigurationError(
-                "survivors tell each other the outcome by keys, and those of an earlier exchange are still there; "
-                "pass a step that was never used before, such as the generation and the layer"
+                "survivors tell each other the outcome by keys, and those of an earlier exchange are still "
+                "there; pass a step that was never used before, such as the generation and the layer"
             )
 
         def tell(outcome: str) -> dict[int, str]:
