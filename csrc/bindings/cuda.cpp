@@ -43,8 +43,8 @@ void bind_host_block(nb::module_& m) {
           [](DeviceRingReader* self, uintptr_t host_address, uint32_t ring_commands) {
             auto* base = pointer<std::byte>(host_address);
             auto* entries = reinterpret_cast<cuda::RingEntry*>(base + HostBlock::ring_offset());
-            new (self)
-                DeviceRingReader(entries, &reinterpret_cast<HostBlock*>(base)->ring_tail, ring_commands);
+            auto* host = reinterpret_cast<HostBlock*>(base);
+            new (self) DeviceRingReader(entries, &host->ring_tail, &host->stop, ring_commands);
           },
           nb::kw_only(), "host_address"_a, "ring_commands"_a);
 }

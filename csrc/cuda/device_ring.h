@@ -37,9 +37,10 @@ constexpr RingEntry ring_entry(const Command& command, uint64_t position, uint32
 /// The proxy's end. One thread at a time.
 class DeviceRingReader final : public CommandSource {
  public:
-  /// `entries` are zero at the start; `tail` is a word that the device reads, 0 at the start.
-  DeviceRingReader(RingEntry* entries, uint64_t* tail, uint32_t capacity)
-      : entries_(entries), tail_(*tail), capacity_(capacity) {}
+  /// `entries` are zero at the start. `tail` and `stop` are words that the device reads, 0 at the start;
+  /// another `stop` ends its waits.
+  DeviceRingReader(RingEntry* entries, uint64_t* tail, uint32_t* stop, uint32_t capacity)
+      : entries_(entries), tail_(*tail), stop_(*stop), capacity_(capacity) {}
 
   bool try_pop(Command& command) override {
     RingEntry entry;
@@ -53,6 +54,7 @@ class DeviceRingReader final : public CommandSource {
     RingEntry entry;
     return !read_next(entry);
   }
+  void end_waits() override { stop_.store(1, std::memory_order_release); }
 
  private:
   // Returns false if the next entry is not full.
@@ -67,6 +69,7 @@ class DeviceRingReader final : public CommandSource {
 
   RingEntry* const entries_;
   const std::atomic_ref<uint64_t> tail_;
+  const std::atomic_ref<uint32_t> stop_;
   const uint32_t capacity_;
   uint64_t position_ = 0;
 };

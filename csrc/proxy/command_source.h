@@ -12,6 +12,8 @@ class CommandSource {
   virtual bool try_pop(Command& command) = 0;
   /// Whether none is there.
   virtual bool empty() const = 0;
+  /// The proxy has failed: what the device waits for will not come.
+  virtual void end_waits() = 0;
 
  protected:
   ~CommandSource() = default;

@@ -413,6 +413,7 @@ void Proxy::fail(std::exception_ptr error) {
   if (failed_.load(std::memory_order_relaxed)) return;  // the first one counts, and others may be reading it
   failure_ = std::move(error);
   failed_.store(true, std::memory_order_release);
+  if (options_.commands != nullptr) options_.commands->end_waits();
 }
 
 void Proxy::publish(size_t offset, uint64_t value) const {

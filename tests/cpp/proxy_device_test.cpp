@@ -43,8 +43,9 @@ class ProxyDeviceTest : public ProxyTest {
 
   std::vector<cuda::RingEntry> ring_ = std::vector<cuda::RingEntry>(kCapacity);
   uint64_t tail_ = 0;
+  uint32_t stop_ = 0;
   uint64_t head_ = 0;
-  cuda::DeviceRingReader reader_{ring_.data(), &tail_, kCapacity};
+  cuda::DeviceRingReader reader_{ring_.data(), &tail_, &stop_, kCapacity};
   std::vector<std::byte> signals_;
 };
 
@@ -57,6 +58,19 @@ TEST_F(ProxyDeviceTest, PostsWhatTheDeviceLeavesInItsRingLapAfterLap) {
     while (proxy_->counters().writes < round) proxy_->help();
     EXPECT_EQ(tail_, round);
   }
+}
+
+TEST_F(ProxyDeviceTest, EndsTheDevicesWaitsWhenItFails) {
+  start(2);
+  network_->set_rule([](uint32_t, const WriteRequest&) { return LoopbackNetwork::Fault::kFail; });
+  push(command(1));
+  EXPECT_EQ(std::atomic_ref(stop_).load(), 0u);
+  const Patience patience;
+  while (std::atomic_ref(stop_).load() == 0) {
+    proxy_->help();
+    patience.check();
+  }
+  EXPECT_THROW(proxy_->throw_if_failed(), TransportError);
 }
 
 TEST_F(ProxyDeviceTest, LeavesAnEntryThatIsOnlyHalfThere) {

@@ -368,7 +368,7 @@ class CudaRank {
   std::unique_ptr<TestMemory> workspace_;
   std::vector<cuda::RingEntry> ring_;
   HostWords host_;
-  cuda::DeviceRingReader reader_{ring_.data(), &host_.ring_tail, options_.ring_capacity};
+  cuda::DeviceRingReader reader_{ring_.data(), &host_.ring_tail, &host_.stop, options_.ring_capacity};
   std::vector<simt::stream_t> streams_;
   std::deque<Buffers> rounds_;
   cuda::ChannelTotals counted_;  // in all rounds that were checked

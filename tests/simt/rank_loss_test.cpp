@@ -79,7 +79,7 @@ class GraphRank {
     const std::vector<std::byte> image = device_->use_workspace(workspace_->data());
     std::copy(image.begin(), image.end(), workspace_->data());
     reader_.emplace(reinterpret_cast<cuda::RingEntry*>(host_.data() + cuda::HostBlock::ring_offset()),
-                    &host().ring_tail, kRing);
+                    &host().ring_tail, &host().stop, kRing);
   }
 
   void capture() {
