@@ -59,7 +59,7 @@ STAGES: dict[str, list[Run]] = {
     ],
     # Worlds of up to four ranks
     "schedules": [
-        Run("simt_halves_test", worlds(1, 2, 3, 4), chaos=chaos, seed=chaos) for chaos in (1, 2, 3)
+        Run("simt_halves_test", worlds(1, 2, 3, 4), chaos=chaos, seed=chaos) for chaos in (1, 2, 3, 6)
     ],
     "threads": [Run("simt_halves_test", f"{worlds(1, 3, 4)}:Releases.*:Sets.*", chaos=6)],
 }

@@ -54,6 +54,7 @@ inline void store(T* p, T value, Scope scope) {
   preempt_point();
   has_release(Order) ? note_release(scope) : note_relaxed_store(p);
   __atomic_store(p, &value, Order);
+  if (scope == Scope::sys) told_others();
 }
 
 namespace detail {

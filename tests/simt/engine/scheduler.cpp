@@ -179,6 +179,13 @@ void preempt_point() {
   }
 }
 
+void told_others() {
+  constexpr uint32_t kActAtOnce = 4;  // one in so many times
+  if (g_config.chaos == 0 || !in_kernel() || current_block()->worker->random() % kActAtOnce != 0) return;
+  const timespec pause{0, 20000};
+  nanosleep(&pause, nullptr);
+}
+
 // The CPU time of all threads, and some of the world's time for when they all sleep.
 uint64_t global_timer() {
   const auto nanoseconds = [](clockid_t clock) {

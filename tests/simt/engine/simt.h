@@ -59,6 +59,7 @@ inline uint32_t existing_lanes() {
 // Scheduling.
 void spin_yield();     // a polling thread lets others run
 void preempt_point();  // random preemption when Config::chaos is set, otherwise nothing
+void told_others();    // then also: they may act on it before the kernel does anything else
 
 bool random_bit();  // false without chaos
 
