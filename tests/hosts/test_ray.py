@@ -73,14 +73,16 @@ def test_a_rank_is_succeeded_as_soon_as_it_has_ended(cluster: RayCluster, tmp_pa
             assert second.hear("joined") == 0
 
 
-def bench_on(cluster: RayCluster, tmp_path: Path, *options: str) -> "subprocess.CompletedProcess[str]":
-    """Run ``vllm-efa-ep bench --ray`` on the head of a cluster."""
+def bench_on(
+    cluster: RayCluster, tmp_path: Path, *options: str, **settings: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run ``vllm-efa-ep bench --ray`` on the head of a cluster, with more settings than the cluster's."""
     cell = ("--tokens", "3", "--hidden", "256", "--experts", "16", "--iterations", "2", "--warm-up", "1")
     command = ["vllm-efa-ep", "bench", "--ray", *cell, "--out", str(tmp_path), *options]
     head = cluster.hosts[0]
     return subprocess.run(
         head.command(command),
-        env=environment_on(head, cluster.settings),
+        env=environment_on(head, cluster.settings | settings),
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -103,8 +105,8 @@ def test_a_benchmark_on_hosts(cluster: RayCluster, tmp_path: Path) -> None:
     assert ours["per_round"]["bytes_written"] >= result["wire_floor_bytes"] > 0
     assert ours["environment"]["provider"] in ("tcp", "net")  # net: tcp of libfabric 1
 
-    refused = bench_on(cluster, tmp_path / "refused", "--ranks", "2", "--experts", "7")
-    assert refused.returncode == 2
-    assert "vllm-efa-ep: rank" in refused.stderr
-    assert "7" in refused.stderr
-    assert not (tmp_path / "refused").exists()
+    failed = bench_on(cluster, tmp_path / "failed", "--ranks", "2", EFA_EP_INTERFACE="nonesuch")
+    assert failed.returncode == 2
+    assert "vllm-efa-ep: rank" in failed.stderr
+    assert "nonesuch" in failed.stderr
+    assert not (tmp_path / "failed").exists()
