@@ -165,8 +165,8 @@ std::vector<uint32_t> CpuDevice::unfinished_peers() const {
 }
 
 // Every wait of the device: does the proxy's work meanwhile, and ends with an error at the deadline. Its time
-// is put down to the rank that was missing last. Inside another wait, for room in the ring, it is that
-// wait's.
+// is put down to the rank that was missing last. A wait for room in the ring may be part of another,
+// which then has its time.
 void CpuDevice::wait(Channel& channel, const std::function<bool()>& ready,
                      const std::function<std::vector<uint32_t>()>& missing) {
   if (ready()) return;
