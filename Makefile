@@ -226,6 +226,7 @@ bench: setup
 	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-plain
 	@$(BUILD)/cpp-plain/benchmarks/wire_counts
 	@$(BUILD)/cpp-plain/benchmarks/proxy_rate
+	@$(BUILD)/cpp-plain/benchmarks/row_copy
 	@$(BUILD)/cpp-plain/benchmarks/put_signal
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.scale
 	@PATH=$(BIN):$$PATH $(BIN)/python -m benchmarks.experts_transfer

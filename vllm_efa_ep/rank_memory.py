@@ -7,6 +7,7 @@ from torch.utils.dlpack import from_dlpack
 
 from vllm_efa_ep import _core
 from vllm_efa_ep.config import Settings
+from vllm_efa_ep.cpu_cache import own_cache_bytes
 from vllm_efa_ep.errors import ConfigurationError, DeviceUnavailableError
 from vllm_efa_ep.watch import CheckWait
 
@@ -197,7 +198,11 @@ class HostMemory:
 
     def make_halves(self, arguments: dict[str, Any], check_wait: CheckWait) -> Halves:
         """Return the halves on the CPU."""
-        return _core.CpuDevice(**arguments, check_wait=check_wait, trace_spans=self._traced_spans)
+        # More rows than that are cold again before they are read: the experts' weights come in between.
+        cached_bytes = own_cache_bytes()
+        return _core.CpuDevice(
+            **arguments, check_wait=check_wait, trace_spans=self._traced_spans, cached_bytes=cached_bytes
+        )
 
     def make_stand_in(self, arguments: dict[str, Any], server: "HostMemory") -> StandInCore:  # noqa: ARG002
         """Return the halves in threads, which have no tokens to quantise."""

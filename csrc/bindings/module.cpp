@@ -306,17 +306,18 @@ void bind_device(nb::module_& m) {
           [](CpuDevice* self, const Layout& layout, uint32_t rank, std::vector<uint32_t> expert_owner,
              ScalarType combine_type, bool per_expert, double timeout_s,
              const std::vector<const Arena*>& arenas, Proxy* proxy, const CheckWait& check_wait,
-             size_t trace_spans, Quantisation quantisation) {
+             size_t trace_spans, Quantisation quantisation, size_t cached_bytes) {
             CpuDeviceOptions options =
                 device_options(layout, rank, std::move(expert_owner), combine_type, per_expert, timeout_s);
             options.check_interrupt = interrupt_check(check_wait);
             options.trace_spans = trace_spans;
             options.quantisation = quantisation;
+            options.cached_bytes = cached_bytes;
             new (self) CpuDevice(options, bases_of(arenas), proxy);
           },
           nb::kw_only(), "layout"_a, "rank"_a, "expert_owner"_a, "combine_type"_a, "per_expert"_a,
           "timeout_s"_a, "arenas"_a, "proxy"_a.none(), "check_wait"_a, "trace_spans"_a = 0, "quantisation"_a,
-          nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
+          "cached_bytes"_a = CpuDeviceOptions{}.cached_bytes, nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
       .def("trace", [](const CpuDevice& device) { return spans_of(device.trace()); })
       .def("dropped_spans", &CpuDevice::dropped_spans)
       .def(

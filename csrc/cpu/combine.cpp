@@ -57,25 +57,25 @@ void CpuDevice::reduce_row(uint32_t channel_index, const CombineInput& input, co
   const uint32_t top_k = layout_.row.top_k;
   const size_t bytes = layout_.combine_row();
   const size_t row = source.first_row + source_row;
+  std::byte* to = results(channel_index) + row * bytes;
+  if (!options_.per_expert && !input.per_slot) {
+    copy_row(to, input.rows + row * bytes, bytes, caching(channels_[channel_index].received, bytes));
+    return;
+  }
+  const std::byte* dispatched = row_of(source, source_row);
+  const RowIds ids = ids_of(dispatched);
+  const float* weights = weights_of(dispatched);
   std::array<WeightedRow, kMaxTopK> terms;
   size_t count = 0;
-  if (!options_.per_expert && !input.per_slot) {
-    terms[count++] = {input.rows + row * bytes, 1.0f};
-  } else {
-    const std::byte* dispatched = row_of(source, source_row);
-    const RowIds ids = ids_of(dispatched);
-    const float* weights = weights_of(dispatched);
-    for (uint32_t slot = 0; slot < top_k; ++slot) {
-      if (!is_own(ids[slot])) continue;
-      const size_t entry = row * top_k + slot;
-      const size_t place = input.per_slot ? entry
-                                          : size_t{placement_.local(ids[slot])} * capacity() +
-                                                channels_[channel_index].positions[entry];
-      terms[count++] = {input.rows + place * bytes, input.weights_applied ? 1.0f : weights[slot]};
-    }
+  for (uint32_t slot = 0; slot < top_k; ++slot) {
+    if (!is_own(ids[slot])) continue;
+    const size_t entry = row * top_k + slot;
+    const size_t place = input.per_slot ? entry
+                                        : size_t{placement_.local(ids[slot])} * capacity() +
+                                              channels_[channel_index].positions[entry];
+    terms[count++] = {input.rows + place * bytes, input.weights_applied ? 1.0f : weights[slot]};
   }
-  sum_rows(results(channel_index) + row * bytes, {terms.data(), count},
-           bytes / scalar_bytes(options_.combine_type), options_.combine_type);
+  sum_rows(to, {terms.data(), count}, bytes / scalar_bytes(options_.combine_type), options_.combine_type);
 }
 
 // Sends the node's sums to every source of the own rail whose partials are all here. True when all have been
@@ -195,7 +195,7 @@ bool CpuDevice::sums_arrived(uint32_t channel_index, uint32_t node) const {
   const Channel& channel = channels_[channel_index];
   const RoundWord arrived = read_word(layout_.arrival(channel_index, Operation::kCombine, node));
   if (arrived.round != channel.round) return false;
-  const size_t sent = channel.tokens_of_node[node].size();
+  const size_t sent = tokens_for_node(channel_index, node).size();
   if (arrived.rows != sent) {
     throw ProtocolError("rank " + std::to_string(topology_.rail_peer(options_.rank, node)) +
                         " announced results for " + std::to_string(arrived.rows) + " tokens, but " +
@@ -246,12 +246,12 @@ void CpuDevice::gather(uint32_t channel_index, std::byte* out) const {
   std::vector<Part> parts;
   for (uint32_t node = 0; node < topology_.nodes(); ++node) {
     if (node != node_) {
-      parts.push_back({&channel.tokens_of_node[node],
+      parts.push_back({&tokens_for_node(channel_index, node),
                        own_arena() + layout_.slot(channel_index, Operation::kCombine, node_, node)});
       continue;
     }
     for (uint32_t owner = 0; owner < topology_.ranks_per_node; ++owner) {
-      const std::vector<uint32_t>& tokens = channel.tokens_of_owner[owner];
+      const std::vector<uint32_t>& tokens = tokens_for_owner(channel_index, owner);
       parts.push_back({&tokens, results_of(channel_index, node_, owner, tokens.size())});
     }
   }

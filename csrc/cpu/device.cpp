@@ -39,10 +39,13 @@ CpuDevice::CpuDevice(const CpuDeviceOptions& options, std::vector<std::byte*> ar
                              std::to_string(topology_.ranks_per_node) +
                              " ranks of its node, and a proxy if there are several nodes");
   }
+  for (uint32_t expert = 0; expert < placement_.experts(); ++expert) {
+    const uint32_t owner = placement_.owner(static_cast<int32_t>(expert));
+    destination_of_expert_.push_back(owner == kNoOwner ? kNoOwner : destination_of(owner));
+  }
   for (uint32_t channel_index = 0; channel_index < channels_.size(); ++channel_index) {
     Channel& channel = channels_[channel_index];
-    channel.tokens_of_node.resize(topology_.nodes());
-    channel.tokens_of_owner.resize(topology_.ranks_per_node);
+    channel.destinations.resize(topology_.nodes() + topology_.ranks_per_node);
     channel.slot_rows.resize(topology_.nodes());
     channel.listed.resize(topology_.world);
     channel.summed.resize(topology_.nodes());

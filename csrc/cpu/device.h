@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -18,6 +19,7 @@
 #include "clock.h"
 #include "cpu/duration_histogram.h"
 #include "cpu/owner_list.h"
+#include "cpu/row_copy.h"
 #include "cpu/row_ids.h"
 #include "cpu/row_math.h"
 #include "cpu/timer.h"
@@ -42,6 +44,8 @@ struct CpuDeviceOptions {
   std::chrono::nanoseconds timeout = std::chrono::seconds(120);  ///< of every wait
   const DeadlineClock* clock = &kSteadyClock;                    ///< of that time; outlives the device
   InterruptCheck check_interrupt = nullptr;
+  /// A half that copies more rows than fit into so many bytes copies them past the caches.
+  size_t cached_bytes = std::numeric_limits<size_t>::max();
   size_t trace_spans = 0;  ///< newest spans of a trace to keep per channel; 0: none
 };
 
@@ -156,11 +160,9 @@ class CpuDevice {
     Stage stage = Stage::kIdle;
     uint32_t round = 0;
     uint32_t tokens = 0;
-    std::vector<std::byte> codes, scales;               // [tokens], of quantised tokens
-    std::vector<int32_t> ids;                           // [tokens][top_k]
-    std::vector<std::vector<uint32_t>> tokens_of_node;  // tokens sent to each node, ascending
-    std::vector<std::vector<uint32_t>>
-        tokens_of_owner;                // tokens sent to each rank of the own node, ascending
+    std::vector<std::byte> codes, scales;             // [tokens], of quantised tokens
+    std::vector<int32_t> ids;                         // [tokens][top_k]
+    std::vector<std::vector<uint32_t>> destinations;  // [nodes + ranks_per_node] tokens, ascending
     std::vector<uint32_t> staged_rows;  // [tokens] number of a row that holds the token, or kNotStaged
     std::vector<Source> sources;
     uint32_t received = 0;            // rows received from all sources
@@ -214,7 +216,8 @@ class CpuDevice {
   const std::byte* row_of(const Source& source, uint32_t row) const {
     return arenas_[source.holder] + source.section + source.rows[row] * layout_.dispatch_row();
   }
-  void copy_activation(const std::byte* row, const DispatchOutput& output, size_t place) const;
+  void copy_activation(const std::byte* row, const DispatchOutput& output, size_t place,
+                       Caching caching) const;
   void pack_per_token(uint32_t channel_index, const DispatchOutput& output) const;
   void pack_per_expert(uint32_t channel_index, const DispatchOutput& output);
 
@@ -252,6 +255,10 @@ class CpuDevice {
   void wait(Channel& channel, const std::function<bool()>& ready,
             const std::function<std::vector<uint32_t>()>& missing);
   OwnerList owners_of(const RowIds& ids) const;
+  /// How a half copies that many rows.
+  Caching caching(size_t rows, size_t row_bytes) const {
+    return rows * row_bytes > options_.cached_bytes ? Caching::kPast : Caching::kThrough;
+  }
   bool is_own(int32_t id) const { return id >= 0 && placement_.owner(id) == options_.rank; }
   RowIds ids_of(const std::byte* row) const { return RowIds(row, layout_.row.top_k); }
   const float* weights_of(const std::byte* row) const {
@@ -265,12 +272,25 @@ class CpuDevice {
     return RoundWord::decode(word(own_arena(), offset).load(std::memory_order_acquire));
   }
 
+  // Tokens go to other nodes as a whole, and to each rank of the own one.
+  uint32_t destination_of(uint32_t rank) const {
+    const uint32_t node = topology_.node_of(rank);
+    return node == node_ ? topology_.nodes() + topology_.index_of(rank) : node;
+  }
+  const std::vector<uint32_t>& tokens_for_node(uint32_t channel_index, uint32_t node) const {
+    return channels_[channel_index].destinations[node];
+  }
+  const std::vector<uint32_t>& tokens_for_owner(uint32_t channel_index, uint32_t owner) const {
+    return channels_[channel_index].destinations[topology_.nodes() + owner];
+  }
+
   const CpuDeviceOptions options_;
   const Layout& layout_;
   const Topology topology_;
   const uint32_t node_;
   const uint32_t index_;
   const Placement placement_;
+  std::vector<uint32_t> destination_of_expert_;  // or kNoOwner
   const uint32_t local_experts_;
   const std::vector<std::byte*> arenas_;
   Proxy* const proxy_;

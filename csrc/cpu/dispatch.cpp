@@ -83,12 +83,11 @@ void CpuDevice::quantise(Channel& channel, DispatchInput& input) const {
   input.scales = channel.scales.data();
 }
 
-// Checks all ids, copies them, and lists the tokens of each remote node and each local owner. A slot whose
-// expert has no owner travels as one that the caller dropped, so no other rank needs to know.
+// Checks all ids, copies them, and lists the tokens of each destination. A slot whose expert has no owner
+// travels as one that the caller dropped, so no other rank needs to know.
 template <class Id>
 void CpuDevice::route(Channel& channel, const DispatchInput& input) {
-  for (auto& tokens : channel.tokens_of_node) tokens.clear();
-  for (auto& tokens : channel.tokens_of_owner) tokens.clear();
+  for (auto& tokens : channel.destinations) tokens.clear();
   const uint32_t top_k = layout_.row.top_k;
   channel.ids.resize(size_t{input.tokens} * top_k);
   const Id* ids = static_cast<const Id*>(input.ids);
@@ -103,17 +102,14 @@ void CpuDevice::route(Channel& channel, const DispatchInput& input) {
       const int32_t id = checked_id(ids[entry], token, slot, placement_.experts());
       channel.ids[entry] = id;
       if (id < 0) continue;
-      const uint32_t rank = placement_.owner(id);
-      if (rank == kNoOwner) {
+      const uint32_t destination = destination_of_expert_[static_cast<uint32_t>(id)];
+      if (destination == kNoOwner) {
         channel.ids[entry] = -1;
         ++dropped_slots;
         dropped_weight += input.weights[entry];
         continue;
       }
-      const uint32_t node = topology_.node_of(rank);
-      add_once(
-          node == node_ ? channel.tokens_of_owner[topology_.index_of(rank)] : channel.tokens_of_node[node],
-          token);
+      add_once(channel.destinations[destination], token);
     }
   }
   if (dropped_slots == 0) return;
@@ -156,7 +152,7 @@ std::byte* CpuDevice::describe_row(uint32_t channel_index, uint32_t row, const D
 }
 
 void CpuDevice::stage_and_post(uint32_t channel_index, uint32_t node, const DispatchInput& input) {
-  const std::vector<uint32_t>& tokens = channels_[channel_index].tokens_of_node[node];
+  const std::vector<uint32_t>& tokens = tokens_for_node(channel_index, node);
   const bool in_place = input.x == activations(channel_index);
   const auto make_rows = [&](uint32_t first, uint32_t count) {
     const bool side_by_side = count > 0 && tokens[first + count - 1] - tokens[first] == count - 1;
@@ -180,7 +176,7 @@ void CpuDevice::offer_to_own_node(uint32_t channel_index, const DispatchInput& i
   for (uint32_t step = 1; step <= topology_.ranks_per_node; ++step) {
     const uint32_t owner = (index_ + step) % topology_.ranks_per_node;
     auto* list = reinterpret_cast<uint32_t*>(own_arena() + layout_.row_list(channel_index, node_, owner));
-    const std::vector<uint32_t>& tokens = channel.tokens_of_owner[owner];
+    const std::vector<uint32_t>& tokens = tokens_for_owner(channel_index, owner);
     for (size_t i = 0; i < tokens.size(); ++i) {
       const uint32_t token = tokens[i];
       if (channel.staged_rows[token] == kNotStaged) {
@@ -325,9 +321,11 @@ void CpuDevice::dispatch_pack(uint32_t channel_index, const DispatchOutput& outp
   channels_[channel_index].stage = Stage::kPacked;
 }
 
-void CpuDevice::copy_activation(const std::byte* row, const DispatchOutput& output, size_t place) const {
+void CpuDevice::copy_activation(const std::byte* row, const DispatchOutput& output, size_t place,
+                                Caching caching) const {
   const RowShape& shape = layout_.row;
-  std::memcpy(output.x + place * shape.payload_bytes, row + shape.payload_offset(), shape.payload_bytes);
+  copy_row(output.x + place * shape.payload_bytes, row + shape.payload_offset(), shape.payload_bytes,
+           caching);
   if (shape.scale_bytes > 0) {
     std::memcpy(output.scales + place * shape.scale_bytes, row + shape.scales_offset(), shape.scale_bytes);
   }
@@ -335,11 +333,13 @@ void CpuDevice::copy_activation(const std::byte* row, const DispatchOutput& outp
 
 void CpuDevice::pack_per_token(uint32_t channel_index, const DispatchOutput& output) const {
   const uint32_t top_k = layout_.row.top_k;
+  const Channel& channel = channels_[channel_index];
+  const Caching how = caching(channel.received, layout_.row.payload_bytes);
   size_t place = 0;
-  for (const Source& source : channels_[channel_index].sources) {
+  for (const Source& source : channel.sources) {
     for (uint32_t i = 0; i < source.rows.size(); ++i, ++place) {
       const std::byte* row = row_of(source, i);
-      copy_activation(row, output, place);
+      copy_activation(row, output, place, how);
       const RowIds ids = ids_of(row);
       std::copy(ids.begin(), ids.end(), output.ids + place * top_k);
       std::memcpy(output.weights + place * top_k, weights_of(row), size_t{4} * top_k);
@@ -354,6 +354,7 @@ void CpuDevice::pack_per_token(uint32_t channel_index, const DispatchOutput& out
 void CpuDevice::pack_per_expert(uint32_t channel_index, const DispatchOutput& output) {
   Channel& channel = channels_[channel_index];
   const uint32_t top_k = layout_.row.top_k;
+  const Caching how = caching(channel.received, layout_.row.payload_bytes);
   channel.positions.clear();
   for (const Source& source : channel.sources) {
     for (uint32_t i = 0; i < source.rows.size(); ++i) {
@@ -370,7 +371,7 @@ void CpuDevice::pack_per_expert(uint32_t channel_index, const DispatchOutput& ou
           } else {
             const uint32_t expert = placement_.local(ids[slot]);
             position = static_cast<uint32_t>(output.tokens_per_expert[expert]++);
-            copy_activation(row, output, size_t{expert} * capacity() + position);
+            copy_activation(row, output, size_t{expert} * capacity() + position, how);
           }
         }
         channel.positions.push_back(position);

@@ -59,6 +59,7 @@ class World {
       options.combine_type = config.combine_type;
       options.per_expert = config.per_expert;
       options.timeout = timeout;
+      options.cached_bytes = config.cached_bytes;
       devices_.push_back(std::make_unique<CpuDevice>(options, node_arenas, proxies_[rank].get()));
     }
   }

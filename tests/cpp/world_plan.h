@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <limits>
 #include <map>
 #include <ostream>
 #include <random>
@@ -41,6 +42,7 @@ struct WorldConfig {
   bool weights_applied = true;
   bool ids_are_64_bit = false;
   bool in_place = false;  ///< activations, and results per token, are produced where the device wants them
+  size_t cached_bytes = std::numeric_limits<size_t>::max();
   Routing routing = Routing::kMixed;
   uint32_t rounds = 3;
   uint64_t chunk_bytes = 128;
@@ -67,11 +69,11 @@ inline std::ostream& operator<<(std::ostream& out, const WorldConfig& c) {
       << (c.per_expert ? "per_expert"
           : c.per_slot ? "per_slot"
                        : "per_token")
-      << (c.weights_applied ? "" : ", weights not applied") << (c.in_place ? ", in place" : "") << ", ids "
-      << (c.ids_are_64_bit ? 64 : 32) << ", routing " << static_cast<int>(c.routing) << ", chunks "
-      << c.chunk_bytes << ", rails " << c.rails << ", ring " << c.ring_commands << ", queue "
-      << c.send_queue_depth << (c.proxy_threads ? "" : ", no proxy threads") << ", signals "
-      << name_of(c.signal_policy) << ", owners";
+      << (c.weights_applied ? "" : ", weights not applied") << (c.in_place ? ", in place" : "")
+      << ", cached bytes " << c.cached_bytes << ", ids " << (c.ids_are_64_bit ? 64 : 32) << ", routing "
+      << static_cast<int>(c.routing) << ", chunks " << c.chunk_bytes << ", rails " << c.rails << ", ring "
+      << c.ring_commands << ", queue " << c.send_queue_depth << (c.proxy_threads ? "" : ", no proxy threads")
+      << ", signals " << name_of(c.signal_policy) << ", owners";
   for (const uint32_t owner : c.expert_owner) out << " " << owner;
   return out;
 }

@@ -7,6 +7,7 @@
 #include <array>
 #include <atomic>
 #include <exception>
+#include <limits>
 #include <random>
 #include <string>
 #include <thread>
@@ -137,6 +138,7 @@ WorldConfig draw(Topology topology, uint32_t turn, uint64_t seed) {
   config.weights_applied = !(config.per_expert || config.per_slot) || random() % 2 == 0;
   config.ids_are_64_bit = random() % 2 == 0;
   config.in_place = random() % 2 == 0;
+  config.cached_bytes = one_of<size_t>(random, {0, 200, std::numeric_limits<size_t>::max()});
   config.layout.topology = topology;
   config.layout.row = {.top_k = one_of<uint32_t>(random, {1, 2, 3, 4, 5, 6, 7, 8, 32}),
                        .payload_bytes = one_of<uint32_t>(random, {16, 48, 176}),
