@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 
 from vllm_efa_ep.all_to_all_config import AllToAllConfig
-from vllm_efa_ep.argument_checks import ALIGNMENT, aligned, check, checked
+from vllm_efa_ep.argument_checks import ALIGNMENT, aligned, check, checked, glance
 from vllm_efa_ep.bootstrap import Bootstrap
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.dispatch_input import DispatchInput
@@ -26,7 +26,7 @@ from vllm_efa_ep.dispatched import Dispatched, OutputBuffers
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError
 from vllm_efa_ep.handle import Handle
 from vllm_efa_ep.memory_plan import MemoryPlan
-from vllm_efa_ep.nvtx import range_maker
+from vllm_efa_ep.nvtx import require_cuda
 from vllm_efa_ep.placement import experts_of
 from vllm_efa_ep.recovery import Generations
 from vllm_efa_ep.stats import Stats
@@ -71,7 +71,7 @@ class AllToAll:
         """
         settings = settings if settings is not None else Settings.from_environment()
         self.config = config
-        self._range = range_maker(settings)
+        require_cuda(settings)
         self._generations = Generations(config, bootstrap, settings, returning)
         try:
             self.world = self._generations.current().world
@@ -79,6 +79,7 @@ class AllToAll:
             self._plan = config.memory_plan(self.world.size, self.world.ranks_per_node, self.rank)
             memory = self._generations.current().connection.memory
             self._device = memory.device
+            self._results = glance(config.combine_dtype, self._device)
             self._buffers = [
                 OutputBuffers(config, len(self.local_experts), self.expert_capacity, memory)
                 for _ in range(config.channels)
@@ -177,16 +178,17 @@ class AllToAll:
 
         """
         generation = self._generations.on(channel)
-        in_place = generation.activations[channel] if generation.activations else None
-        given = DispatchInput.of(
-            self.config, self._device, in_place, x, topk_ids, topk_weights, scales, count
-        )
-        with self._range("dispatch_send"):
-            generation.call(lambda halves: given.send(halves, channel))
+        arguments = generation.glances[channel].read(x, topk_ids, topk_weights, scales, count)
+        if arguments is None:
+            in_place = generation.activations[channel] if generation.activations else None
+            given = DispatchInput.of(  # its tensors may be copies, which live until this method returns
+                self.config, self._device, in_place, x, topk_ids, topk_weights, scales, count
+            )
+            arguments = given.arguments()
+        generation.call(lambda halves: halves.dispatch_send(channel, *arguments))
         self._buffers[channel].start_round()
-        return Handle(
-            channel, generation.start_round(channel), given.tokens, generation.membership.generation
-        )
+        *_, tokens, _ = arguments
+        return Handle(channel, generation.start_round(channel), tokens, generation.membership.generation)
 
     def dispatch_recv(self, handle: Handle) -> Dispatched:
         """Wait for all rows for this rank's experts.
@@ -199,13 +201,12 @@ class AllToAll:
         """
         generation = self._generations.in_flight(handle)
         buffers = self._buffers[handle.channel]
-        with self._range("dispatch_recv"):
-            rows = generation.call(
-                lambda device: device.dispatch_recv(handle.channel, buffers.room, *buffers.addresses)
-            )
-            if rows > buffers.room:
-                buffers.grow(rows)
-                generation.call(lambda device: device.dispatch_pack(handle.channel, *buffers.addresses))
+        rows = generation.call(
+            lambda halves: halves.dispatch_recv(handle.channel, buffers.room, *buffers.addresses)
+        )
+        if rows > buffers.room:
+            buffers.grow(rows)
+            generation.call(lambda halves: halves.dispatch_pack(handle.channel, *buffers.addresses))
         return buffers.views(rows)
 
     def combine_send(
@@ -240,15 +241,13 @@ class AllToAll:
                 "expert_output [M, H] is summed over experts, so combine cannot weight it any more; apply "
                 "the weights in the experts, or pass [M, K, H]"
             )
-        check("expert_output", expert_output, shape, (config.combine_dtype,), self._device)
-        expert_output = aligned(expert_output)
+        address = self._results.address(expert_output, shape)
+        if not address:
+            check("expert_output", expert_output, shape, (config.combine_dtype,), self._device)
+            expert_output = aligned(expert_output)
+            address = expert_output.data_ptr()
         applied = summed if weights_applied is None else weights_applied
-        with self._range("combine_send"):
-            generation.call(
-                lambda device: device.combine_send(
-                    handle.channel, expert_output.data_ptr(), per_slot, applied
-                )
-            )
+        generation.call(lambda halves: halves.combine_send(handle.channel, address, per_slot, applied))
 
     def combine_recv(self, handle: Handle, out: torch.Tensor | None = None) -> torch.Tensor:
         """Wait for all results and write one row per dispatched token.
@@ -268,7 +267,12 @@ class AllToAll:
         shape = (handle.tokens, self.config.hidden_size)
         if out is None:
             out = torch.empty(shape, dtype=self.config.combine_dtype, device=self._device)
-        elif checked("out", out, shape, (self.config.combine_dtype,), self._device) is not out:
+        address = self._results.address(out, shape) or self._address_to_write(out, shape)
+        generation.call(lambda halves: halves.combine_recv(handle.channel, address))
+        return out
+
+    def _address_to_write(self, out: torch.Tensor, shape: tuple[int, ...]) -> int:
+        if checked("out", out, shape, (self.config.combine_dtype,), self._device) is not out:
             raise ConfigurationError(
                 "out must be contiguous, since it is written in place; pass out.contiguous()"
             )
@@ -278,9 +282,7 @@ class AllToAll:
                 f"out starts {address % ALIGNMENT} bytes behind a multiple of {ALIGNMENT}, which kernels "
                 "write at a time; pass a tensor that is no part of another, for example of torch.empty()"
             )
-        with self._range("combine_recv"):
-            generation.call(lambda device: device.combine_recv(handle.channel, address))
-        return out
+        return address
 
     def dispatch(
         self,

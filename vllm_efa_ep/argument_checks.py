@@ -1,11 +1,22 @@
-"""Checks of tensors that a caller passes. Every half makes some, so the good case comes first."""
+"""Checks of tensors that a caller passes.
+
+Every half makes some, so compiled code has a glance first; what is as it should be is not looked at again.
+"""
 
 import torch
 
+from vllm_efa_ep import _core
 from vllm_efa_ep.errors import ConfigurationError
 
 # Of rows, which kernels read and write that many bytes at a time.
 ALIGNMENT = 16
+# How compiled code looks at tensors; torch has it since 2.10. Without it, a glance takes nothing.
+EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+def glance(dtype: torch.dtype, device: torch.device) -> _core.TensorGlance:
+    """Return what knows contiguous, aligned tensors of a dtype and device from others."""
+    return _core.TensorGlance(EXCHANGE, torch.empty(0, dtype=dtype, device=device))
 
 
 def checked(

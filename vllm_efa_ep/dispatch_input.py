@@ -4,10 +4,32 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_efa_ep import _core
 from vllm_efa_ep.all_to_all_config import AllToAllConfig
-from vllm_efa_ep.argument_checks import aligned, check, checked
+from vllm_efa_ep.argument_checks import EXCHANGE, aligned, check, checked
 from vllm_efa_ep.errors import ConfigurationError
-from vllm_efa_ep.rank_memory import Halves
+
+# Of the halves' dispatch_send after the channel: x, x_stride, scales, ids, ids_are_64_bit, weights, tokens,
+# token_count (``rank_memory.Halves``).
+Arguments = tuple[int, int, int, int, bool, int, int, int]
+
+
+def dispatch_glance(
+    config: AllToAllConfig, device: torch.device, in_place: torch.Tensor | None
+) -> _core.DispatchGlance:
+    """Return what reads the tensors of a channel that a round can take as they are.
+
+    It reads what ``DispatchInput.of(...).arguments()`` would, or returns None if a tensor has to be copied or
+    refused.
+    """
+    sample = torch.empty((0, config.columns), dtype=config.input_dtype, device=device)
+    return _core.DispatchGlance(
+        exchange=EXCHANGE,
+        x=sample if in_place is None else in_place,
+        in_place=in_place is not None,
+        top_k=config.top_k,
+        scale_columns=config.scale_columns,
+    )
 
 
 @dataclass(frozen=True)
@@ -55,22 +77,16 @@ class DispatchInput:
             check("count", count, (1,), (torch.int32,), device)
         return cls(x, scales, topk_ids, topk_weights, count)
 
-    @property
-    def tokens(self) -> int:
-        """Rows of ``x``."""
-        return self.x.shape[0]
-
-    def send(self, halves: Halves, channel: int) -> None:
-        """Start the round."""
-        halves.dispatch_send(
-            channel,
+    def arguments(self) -> Arguments:
+        """Return what the halves' ``dispatch_send`` takes after the channel."""
+        return (
             self.x.data_ptr(),
             self.x.stride(0) * self.x.itemsize,
             self.scales.data_ptr() if self.scales is not None else 0,
             self.topk_ids.data_ptr(),
             self.topk_ids.dtype == torch.int64,
             self.topk_weights.data_ptr(),
-            self.tokens,
+            self.x.shape[0],
             self.count.data_ptr() if self.count is not None else 0,
         )
 

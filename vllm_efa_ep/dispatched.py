@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_efa_ep import _core
 from vllm_efa_ep.all_to_all_config import AllToAllConfig
+from vllm_efa_ep.argument_checks import EXCHANGE
 from vllm_efa_ep.errors import ConfigurationError
 from vllm_efa_ep.rank_memory import RankMemory
 
@@ -76,16 +78,10 @@ class OutputBuffers:
     def views(self, rows: int) -> Dispatched:
         """Return the first ``rows`` rows."""
         self._rows = rows
-        whole = self._whole
         if self._config.layout == "per_expert":
-            return whole
-        return Dispatched(
-            whole.x[:rows],
-            None if whole.scales is None else whole.scales[:rows],
-            None if whole.topk_ids is None else whole.topk_ids[:rows],
-            None if whole.topk_weights is None else whole.topk_weights[:rows],
-            self._tokens_per_expert,
-        )
+            return self._whole
+        x, topk_ids, topk_weights, *scales = self._views.first(rows)
+        return Dispatched(x, scales[0] if scales else None, topk_ids, topk_weights, self._tokens_per_expert)
 
     def _allocate(self, shape: tuple[int, ...], with_routing: bool) -> None:
         config, empty = self._config, partial(torch.empty, device=self._device)
@@ -99,4 +95,6 @@ class OutputBuffers:
             self._tokens_per_expert,
         )
         tensors = (whole.x, whole.scales, whole.topk_ids, whole.topk_weights, whole.tokens_per_expert)
+        tables = (whole.x, whole.topk_ids, whole.topk_weights, whole.scales) if with_routing else ()
+        self._views = _core.RowViews(EXCHANGE, [table for table in tables if table is not None])
         self.addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

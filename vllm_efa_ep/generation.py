@@ -24,6 +24,7 @@ from vllm_efa_ep.closing import wait_for_all
 from vllm_efa_ep.config import Settings
 from vllm_efa_ep.connection import Connection, connect
 from vllm_efa_ep.diagnosis import explain
+from vllm_efa_ep.dispatch_input import dispatch_glance
 from vllm_efa_ep.errors import (
     ConfigurationError,
     EfaEpError,
@@ -32,6 +33,7 @@ from vllm_efa_ep.errors import (
     TransportError,
 )
 from vllm_efa_ep.membership import Membership
+from vllm_efa_ep.nvtx import with_ranges
 from vllm_efa_ep.rank_memory import Halves, RankMemory, memory_for, resolve_device
 from vllm_efa_ep.stand_in import StandIn, servers
 from vllm_efa_ep.stats import Totals
@@ -82,9 +84,10 @@ class Generation:
         ]
         # Without a reference to this instance, which would keep itself alive through the device.
         self._check_wait = partial(_check_wait, self.stand_ins, self.connection.watch)
-        self._device: Halves | None = self.connection.memory.make_halves(
+        halves = self.connection.memory.make_halves(
             _device_arguments(config, settings, owners, *position), self._check_wait
         )
+        self._device: Halves | None = with_ranges(halves) if settings.nvtx == "on" else halves
         layout = config.core_layout(self.world.size, self.world.ranks_per_node)
         channels = range(config.channels)
         #: By channel; none if rows are quantised on their way.
@@ -92,6 +95,13 @@ class Generation:
             activations(self.connection, layout, channel, config)
             for channel in channels
             if config.quantisation == "none"
+        ]
+        #: By channel: what reads the tensors of dispatch_send.
+        self.glances = [
+            dispatch_glance(
+                config, self.connection.memory.device, self.activations[channel] if self.activations else None
+            )
+            for channel in channels
         ]
         self.results = [results(self.connection, layout, channel, config) for channel in channels]
         self.connection.watch.end_waits_by(self._end_waits)
@@ -105,7 +115,7 @@ class Generation:
 
     def call(self, half: Callable[[Halves], _Result]) -> _Result:
         """Run a half. Any failure but a refused argument ends this generation; the rank at fault is named."""
-        device = self._open_device()
+        device = self._device if self._device is not None else self._open_device()
         try:
             return half(device)
         except ConfigurationError as refusal:
@@ -176,7 +186,7 @@ class Generation:
         finally:
             self.connection.watch.close()  # its thread may end waits, in memory that goes now
             self._device = None
-            self.activations, self.results = [], []
+            self.activations, self.results, self.glances = [], [], []
             # All of them first: on a GPU, to wait for one is to wait for all.
             self.connection.memory.stop()
             for stand_in in self.stand_ins:

@@ -74,7 +74,9 @@ class Generations:
 
     def on(self, channel: int) -> Generation:
         """Return the working generation, if it has that channel."""
-        generation = self.working()
+        generation = self._current
+        if generation is None or generation.failure is not None or self._failure is not None:
+            generation = self.working()  # raises why there is none
         if not 0 <= channel < self._config.channels:
             raise ConfigurationError(
                 f"channel {channel} does not exist; use 0 to {self._config.channels - 1}, or set "

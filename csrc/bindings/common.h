@@ -52,6 +52,9 @@ void register_errors();
 /// The measurement of a link between two ranks.
 void bind_link(nanobind::module_& m);
 
+/// What halves are given and return.
+void bind_tensors(nanobind::module_& m);
+
 /// Halves on a GPU, and what they need.
 void bind_cuda(nanobind::module_& m);
 

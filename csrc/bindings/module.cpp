@@ -1,5 +1,6 @@
-// The Python module vllm_efa_ep._core: thin, and free of torch. Tensors arrive as addresses; the package
-// checks shapes and dtypes before it passes one. Calls that wait or copy release the interpreter lock.
+// The Python module vllm_efa_ep._core: thin, and free of torch. Halves take tensors as addresses, whose
+// shapes and dtypes have been checked before: by tensors.cpp, or at length by the package. Calls that wait or
+// copy release the interpreter lock.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -387,5 +388,6 @@ NB_MODULE(_core, m) {
   bind_proxy(m);
   bind_device(m);
   bind_cuda(m);
+  bind_tensors(m);
   bind_stand_in(m);
 }
