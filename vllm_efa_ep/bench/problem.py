@@ -159,6 +159,7 @@ class Problem:
     def __init__(self, cell: Cell, rank: int, seed: int, device: str = "cpu") -> None:
         """Build the inputs and expert outputs of ``rank``; ``"cuda"`` is torch's current GPU."""
         self.device = torch.device(device)
+        self._on_gpu = device == "cuda"
         self.cell = cell
         self.rank = rank
         self._seed = seed
@@ -186,7 +187,7 @@ class Problem:
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given; the CPU has."""
-        if self.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize()
 
     def wire_floor_bytes(self) -> int:
