@@ -30,13 +30,12 @@ constexpr nb::dlpack::dtype kFloat32 = nb::dtype<float>();
 class TensorGlance {
  public:
   TensorGlance(nb::handle exchange, nb::handle sample)
-      : exchange_(exchange), sample_(exchange_.look(sample)) {}
+      : exchange_(exchange), sample_(exchange_.look(sample).value_or(DlTensor{})) {}
 
   /// The address of a contiguous tensor of that shape, at a multiple of 16; 0 to be looked at closely.
   uintptr_t address(nb::handle object, const std::vector<int64_t>& shape) const {
-    if (!sample_) return 0;
     const std::optional<DlTensor> tensor = exchange_.look(object);
-    if (!tensor || !same_format(*tensor, *sample_) || !contiguous(*tensor)) return 0;
+    if (!tensor || !same_format(*tensor, sample_) || !contiguous(*tensor)) return 0;
     if (!std::ranges::equal(shape, std::span(tensor->shape, static_cast<size_t>(tensor->ndim)))) return 0;
     const uintptr_t address = address_of(*tensor);
     return address % kAlignment == 0 ? address : 0;
@@ -44,7 +43,7 @@ class TensorGlance {
 
  private:
   TensorExchange exchange_;
-  std::optional<DlTensor> sample_;  // its shape and strides may be gone
+  DlTensor sample_;  // its shape and strides may be gone
 };
 
 /// Knows what dispatch_send of a channel takes.
@@ -56,21 +55,22 @@ class DispatchGlance {
   /// `x` is a sample of the tokens: dtype, device, columns. With `in_place`, it is all rows of activations(),
   /// which may stay where they are.
   DispatchGlance(nb::handle exchange, nb::handle x, bool in_place, int64_t top_k, int64_t scale_columns)
-      : exchange_(exchange), x_(exchange_.look(x)), top_k_(top_k), scale_columns_(scale_columns) {
-    if (!x_) return;
-    columns_ = x_->shape[1];
+      : exchange_(exchange), top_k_(top_k), scale_columns_(scale_columns) {
+    const std::optional<DlTensor> sample = exchange_.look(x);
+    if (!sample) return;
+    x_ = *sample;
+    columns_ = x_.shape[1];
     if (!in_place) return;
-    first_ = address_of(*x_);
-    stride_ = x_->strides[0];
-    end_ = first_ + row_bytes(stride_) * static_cast<size_t>(x_->shape[0]);
+    first_ = address_of(x_);
+    stride_ = x_.strides[0];
+    end_ = first_ + row_bytes(stride_) * static_cast<size_t>(x_.shape[0]);
   }
 
   /// The arguments of the halves' dispatch_send after the channel; nothing to look closely.
   std::optional<Arguments> read(nb::handle x, nb::handle ids, nb::handle weights, nb::handle scales,
                                 nb::handle count) const {
-    if (!x_) return std::nullopt;
     const std::optional<DlTensor> tokens = exchange_.look(x);
-    if (!tokens || !same_format(*tokens, *x_) || tokens->ndim != 2 || tokens->shape[1] != columns_) {
+    if (!tokens || !same_format(*tokens, x_) || tokens->ndim != 2 || tokens->shape[1] != columns_) {
       return std::nullopt;
     }
     const int64_t rows = tokens->shape[0];
@@ -94,12 +94,12 @@ class DispatchGlance {
   }
 
  private:
-  size_t row_bytes(int64_t elements) const { return static_cast<size_t>(elements) * x_->dtype.bits / 8; }
+  size_t row_bytes(int64_t elements) const { return static_cast<size_t>(elements) * x_.dtype.bits / 8; }
 
   /// The address of a contiguous table [rows, columns], or [rows] with no columns, beside the tokens; else 0.
   uintptr_t table(nb::handle object, nb::dlpack::dtype dtype, int64_t rows, int64_t columns) const {
     const std::optional<DlTensor> tensor = exchange_.look(object);
-    DlTensor wanted = *x_;
+    DlTensor wanted = x_;
     wanted.dtype = dtype;
     if (!tensor || !same_format(*tensor, wanted) || tensor->ndim != (columns == 0 ? 1 : 2)) return 0;
     if (tensor->shape[0] != rows || (columns != 0 && tensor->shape[1] != columns)) return 0;
@@ -107,7 +107,7 @@ class DispatchGlance {
   }
 
   TensorExchange exchange_;
-  std::optional<DlTensor> x_;  // its shape and strides may be gone
+  DlTensor x_;  // its shape and strides may be gone
   int64_t columns_ = 0, top_k_, scale_columns_;
   uintptr_t first_ = 0, end_ = 0;
   int64_t stride_ = 0;
@@ -135,7 +135,7 @@ class RowViews {
       }
       auto view = std::make_unique<View>(shares_[i], rows);
       const nb::object tensor = exchange_.adopt(&view->managed);
-      static_cast<void>(view.release());  // the tensor's now
+      [[maybe_unused]] const View* adopted = view.release();
       views.append(tensor);
     }
     return nb::tuple(views);
