@@ -9,7 +9,7 @@ from vllm_efa_ep import _core
 from vllm_efa_ep.errors import ConfigurationError
 
 # Of rows, which kernels read and write that many bytes at a time.
-ALIGNMENT = 16
+ALIGNMENT = _core.ROW_ALIGNMENT
 # How compiled code looks at tensors; torch has it since 2.10. Without it, a glance takes nothing.
 EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 

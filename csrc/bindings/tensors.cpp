@@ -14,6 +14,7 @@
 
 #include "bindings/common.h"
 #include "bindings/tensor_exchange.h"
+#include "protocol/limits.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -21,7 +22,6 @@ using namespace nb::literals;
 namespace efa_ep::bindings {
 namespace {
 
-constexpr uintptr_t kAlignment = 16;  // of rows: vllm_efa_ep.argument_checks.ALIGNMENT
 constexpr nb::dlpack::dtype kInt32 = nb::dtype<int32_t>();
 constexpr nb::dlpack::dtype kInt64 = nb::dtype<int64_t>();
 constexpr nb::dlpack::dtype kFloat32 = nb::dtype<float>();
@@ -38,7 +38,7 @@ class TensorGlance {
     if (!tensor || !same_format(*tensor, sample_) || !contiguous(*tensor)) return 0;
     if (!std::ranges::equal(shape, std::span(tensor->shape, static_cast<size_t>(tensor->ndim)))) return 0;
     const uintptr_t address = address_of(*tensor);
-    return address % kAlignment == 0 ? address : 0;
+    return address % kRowAlignment == 0 ? address : 0;
   }
 
  private:
@@ -78,7 +78,8 @@ class DispatchGlance {
     int64_t stride = columns_;
     if (address == first_ && (rows == 1 || tokens->strides[0] == stride_) && tokens->strides[1] == 1) {
       stride = stride_;
-    } else if ((first_ <= address && address < end_) || address % kAlignment != 0 || !contiguous(*tokens)) {
+    } else if ((first_ <= address && address < end_) || address % kRowAlignment != 0 ||
+               !contiguous(*tokens)) {
       return std::nullopt;
     }
     const uintptr_t short_ids = table(ids, kInt32, rows, top_k_);
@@ -198,6 +199,7 @@ nb::object TensorExchange::adopt(ManagedTensor* tensor) const {
 }
 
 void bind_tensors(nb::module_& m) {
+  m.attr("ROW_ALIGNMENT") = kRowAlignment;
   nb::class_<TensorGlance>(m, "TensorGlance")
       .def(nb::init<nb::handle, nb::handle>(), "exchange"_a.none(), "sample"_a)
       .def("address", &TensorGlance::address, "tensor"_a.none(), "shape"_a,

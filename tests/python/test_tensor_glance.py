@@ -59,7 +59,9 @@ _LEFT = {
     "x with gaps": _inputs(x=_rows(5, 80)[:, :64]),
     "x at an odd address": _inputs(x=torch.zeros(5 * 64 + 1, dtype=torch.bfloat16)[1:].view(5, 64)),
     "later rows in place": _inputs(x=_IN_PLACE[2:7]),
-    "every second row in place": _inputs(x=_IN_PLACE[::2], topk_ids=torch.zeros(4, 2, dtype=torch.int32)),
+    "every second row in place": _inputs(
+        x=_IN_PLACE[::2], topk_ids=torch.zeros(4, 2, dtype=torch.int32), topk_weights=torch.zeros(4, 2)
+    ),
     "dtype of ids": _inputs(topk_ids=torch.zeros(5, 2, dtype=torch.int16)),
     "rows of ids": _inputs(topk_ids=torch.zeros(4, 2, dtype=torch.int32)),
     "columns of ids": _inputs(topk_ids=torch.zeros(5, 3, dtype=torch.int32)),
