@@ -68,14 +68,14 @@ void snapshot(FenceClocks* clocks, void** clock) {
 }  // namespace
 
 void register_range(const void* p, size_t bytes, MemoryKind kind, int device) {
-  std::lock_guard<std::mutex> lock(g_mutex);
+  const EngineLock lock(g_mutex);
   const auto begin = reinterpret_cast<uintptr_t>(p);
   g_ranges.push_back({begin, begin + bytes, kind, device});
   g_have_ranges = true;
 }
 
 void unregister_ranges(int device) {
-  std::lock_guard<std::mutex> lock(g_mutex);
+  const EngineLock lock(g_mutex);
   std::erase_if(g_ranges, [device](const Range& r) { return r.device == device; });
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstddef>
+#include <mutex>
 
 extern "C" {
 __attribute__((weak)) void* __tsan_get_current_fiber(void);
@@ -19,6 +20,8 @@ __attribute__((weak)) void AnnotateIgnoreReadsBegin(const char* file, int line);
 __attribute__((weak)) void AnnotateIgnoreReadsEnd(const char* file, int line);
 __attribute__((weak)) void AnnotateIgnoreWritesBegin(const char* file, int line);
 __attribute__((weak)) void AnnotateIgnoreWritesEnd(const char* file, int line);
+__attribute__((weak)) void AnnotateIgnoreSyncBegin(const char* file, int line);
+__attribute__((weak)) void AnnotateIgnoreSyncEnd(const char* file, int line);
 
 __attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack_save, const void* bottom,
                                                           size_t size);
@@ -32,7 +35,7 @@ namespace simt {
 
 constexpr unsigned kTsanNoSync = 1;
 
-extern bool g_tsan, g_asan;  // set by configure()
+extern const bool g_tsan, g_asan;  // which of them looks on
 
 // A synchronisation object for TSan. Only its address matters; it needs a unique one.
 struct SyncPoint {
@@ -78,6 +81,27 @@ struct QuietScope {
   }
   QuietScope(const QuietScope&) = delete;
   QuietScope& operator=(const QuietScope&) = delete;
+};
+
+// The lock of what all threads of the engine share. TSan sees neither the lock nor what is done under it:
+// two ranks that launch kernels one after the other would be ordered by it, through their host threads and
+// the workers, and races between their kernels would go unseen.
+class EngineLock {
+ public:
+  explicit EngineLock(std::mutex& mutex) : unseen_(), lock_(mutex) {}
+  std::unique_lock<std::mutex>& operator*() { return lock_; }
+
+ private:
+  struct Unseen : QuietScope {
+    Unseen() {
+      if (g_tsan) AnnotateIgnoreSyncBegin("", 0);
+    }
+    ~Unseen() {
+      if (g_tsan) AnnotateIgnoreSyncEnd("", 0);
+    }
+  };
+  Unseen unseen_;  // until the lock is given back
+  std::unique_lock<std::mutex> lock_;
 };
 
 }  // namespace simt

@@ -12,7 +12,8 @@
 
 namespace simt {
 
-bool g_tsan = false, g_asan = false;
+const bool g_tsan = &__tsan_create_fiber != nullptr;
+const bool g_asan = &__asan_unpoison_memory_region != nullptr;
 SyncPoint g_tsan_anchor;
 VectorObserver g_vector_observer = nullptr;
 Config g_config;
@@ -112,7 +113,7 @@ void finish_block(Worker* w, Block* b) {
     delete_block(b);
   }
 
-  std::lock_guard<std::mutex> lock(g_mutex);
+  const EngineLock lock(g_mutex);
   if (g_tsan) launch->graveyard.push_back(b);
   w->load--;
   launch->done++;
@@ -204,8 +205,8 @@ void worker_main(Worker* w) {
   IdleState idle;
   for (;;) {
     {
-      std::unique_lock<std::mutex> lock(g_mutex);
-      g_work_available.wait(lock, [w]() { return !w->inbox.empty() || !w->active.empty() || g_stop; });
+      EngineLock lock(g_mutex);
+      g_work_available.wait(*lock, [w]() { return !w->inbox.empty() || !w->active.empty() || g_stop; });
       take_inbox_locked(w);
       if (w->active.empty()) return;  // g_stop
     }
@@ -221,7 +222,7 @@ void run_inline(Stream* s) {
   IdleState idle;
   for (;;) {
     {
-      std::lock_guard<std::mutex> lock(g_mutex);
+      const EngineLock lock(g_mutex);
       if (s->queue.empty()) return;
       take_inbox_locked(w);
     }
@@ -231,7 +232,7 @@ void run_inline(Stream* s) {
 
 void stop_workers() {
   {
-    std::lock_guard<std::mutex> lock(g_mutex);
+    const EngineLock lock(g_mutex);
     g_stop = true;
   }
   g_work_available.notify_all();
@@ -291,8 +292,6 @@ double env_or(const char* name, double fallback) {
 void configure(const Config& config) {
   g_config = config;
   g_configured = true;
-  g_tsan = &__tsan_create_fiber != nullptr;
-  g_asan = &__asan_unpoison_memory_region != nullptr;
   const int default_workers =
       config.workers ? config.workers : static_cast<int>(std::thread::hardware_concurrency());
   g_config.workers = static_cast<int>(env_or("SIMT_WORKERS", default_workers));
@@ -311,12 +310,6 @@ void launch_raw(stream_t s, dim3 grid, dim3 block, std::function<void()> body, c
   if (threads == 0 || threads > 1024) die("%s: %zu threads per block", name, size_t{threads});
   if (blocks == 0) die("%s: empty grid", name);
 
-  std::lock_guard<std::mutex> lock(g_mutex);
-  if (s->capture != nullptr) {
-    s->capture->nodes.push_back({grid, block, std::move(body), name});
-    return;
-  }
-  start_workers_locked();
   auto launch = std::make_unique<Launch>();
   launch->body = std::move(body);
   launch->grid = grid;
@@ -325,6 +318,13 @@ void launch_raw(stream_t s, dim3 grid, dim3 block, std::function<void()> body, c
   launch->stream = s;
   launch->num_blocks = blocks;
   hb_release(&launch->start);
+
+  const EngineLock lock(g_mutex);
+  if (s->capture != nullptr) {
+    s->capture->nodes.push_back({grid, block, std::move(launch->body), name});
+    return;
+  }
+  start_workers_locked();
   const bool first = s->queue.empty();
   if (first && !s->finished.empty()) launch->previous_finished = &s->finished.back()->finished;
   s->queue.push_back(std::move(launch));
@@ -334,35 +334,39 @@ void launch_raw(stream_t s, dim3 grid, dim3 block, std::function<void()> body, c
 void stream_sync(stream_t s) {
   if (g_config.workers < 0 && !g_workers.empty()) run_inline(s);
   Watchdog watchdog;
-  std::unique_lock<std::mutex> lock(g_mutex);
-  if (s->capture != nullptr) die("a stream that is captured was waited for");
-  // The system clock on purpose: pthread_cond_clockwait is unknown to older TSan runtimes.
-  while (!g_launch_done.wait_until(lock, std::chrono::system_clock::now() + std::chrono::seconds(1),
-                                   [s]() { return s->queue.empty(); })) {
-    watchdog.check();
+  std::vector<std::unique_ptr<Launch>> finished;
+  {
+    EngineLock lock(g_mutex);
+    if (s->capture != nullptr) die("a stream that is captured was waited for");
+    // The system clock on purpose: pthread_cond_clockwait is unknown to older TSan runtimes.
+    while (!g_launch_done.wait_until(*lock, std::chrono::system_clock::now() + std::chrono::seconds(1),
+                                     [s]() { return s->queue.empty(); })) {
+      watchdog.check();
+    }
+    finished.swap(s->finished);
   }
-  for (auto& launch : s->finished) {
-    hb_acquire(&launch->finished);
+  for (const auto& launch : finished) hb_acquire(&launch->finished);
+  const QuietScope quiet;
+  for (const auto& launch : finished) {
     for (Block* b : launch->graveyard) delete_block(b);
   }
-  s->finished.clear();
 }
 
 bool stream_idle(stream_t s) {
   if (g_config.workers < 0) return true;  // work is done in stream_sync()
-  std::lock_guard<std::mutex> lock(g_mutex);
+  const EngineLock lock(g_mutex);
   if (s->capture != nullptr) die("a stream that is captured was asked for its state");
   return s->queue.empty();
 }
 
 void capture_begin(stream_t s) {
-  std::lock_guard<std::mutex> lock(g_mutex);
+  const EngineLock lock(g_mutex);
   if (s->capture != nullptr) die("a stream is captured twice");
   s->capture = std::make_unique<Graph>();
 }
 
 std::shared_ptr<Graph> capture_end(stream_t s) {
-  std::lock_guard<std::mutex> lock(g_mutex);
+  const EngineLock lock(g_mutex);
   if (s->capture == nullptr) die("a capture ends that did not begin");
   return std::move(s->capture);
 }
