@@ -1,7 +1,9 @@
 """Ranks on Ray whose start or end goes wrong: nobody waits for ever, and no actor stays."""
 
 import itertools
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,13 +34,18 @@ class _Actors:
 
     def __init__(self) -> None:
         self.killed: list[str] = []
+        self.started: list[tuple[dict[str, str], Mapping[str, str]]] = []
         self._names = (f"actor {number}" for number in itertools.count())
 
     def remote(self, _: type) -> Any:
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._start))
+        return SimpleNamespace(
+            options=lambda **options: SimpleNamespace(remote=partial(self._start, options))
+        )
 
-    def _start(self, *_: Any) -> Any:
+    def _start(self, options: dict[str, Any], *arguments: Any) -> Any:
         name = next(self._names)
+        if arguments:
+            self.started.append((options["runtime_env"]["env_vars"], arguments[1]))
         return SimpleNamespace(begin=_Method(name), result=_Method(name), name=name)
 
     def kill(self, actor: Any) -> None:
@@ -100,7 +107,7 @@ def test_a_rank_that_exits_hands_that_to_the_driver(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ray_hosts, "RayBootstrap", lambda *_: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(ray_hosts, "_KEEP_RESULT_S", 0.0)
     monkeypatch.setattr(ray_hosts, "os", SimpleNamespace(_exit=lambda _: None))
-    rank = ray_hosts._Rank(digest_of(_RUN.token))
+    rank = ray_hosts._Rank(digest_of(_RUN.token), {})
 
     def leave(_: Any) -> None:
         raise SystemExit(3)
@@ -108,3 +115,24 @@ def test_a_rank_that_exits_hands_that_to_the_driver(monkeypatch: pytest.MonkeyPa
     rank._work(_RUN, 0, 1, 1.0, False, leave, ())
     with pytest.raises(EfaEpError, match="ended by SystemExit: 3"):
         rank.result(_RUN.token)
+
+
+def test_what_belongs_to_one_host_is_not_forced_on_the_others(
+    actors: _Actors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host whose interface or library is another one says so where its Ray is started."""
+    monkeypatch.setattr(actors, "wait", lambda waiting, **_: (waiting, []), raising=False)
+    of_hosts = {"EFA_EP_INTERFACE": "of the driver", "EFA_EP_LIBFABRIC": "of the driver"}
+    for name, value in {**of_hosts, "EFA_EP_PROVIDER": "tcp"}.items():
+        monkeypatch.setenv(name, value)
+    RayRanks.start(_RUN, 1, print, environment={"OF_ALL": "ranks"})
+    ((forced, offered),) = actors.started
+    assert (forced["EFA_EP_PROVIDER"], forced["OF_ALL"]) == ("tcp", "ranks")
+    assert offered == of_hosts
+    assert not of_hosts.keys() & forced.keys()
+
+    monkeypatch.setenv("EFA_EP_INTERFACE", "of the host")
+    monkeypatch.delenv("EFA_EP_LIBFABRIC")  # and so it is afterwards
+    ray_hosts._Rank(digest_of(_RUN.token), offered)
+    assert os.environ["EFA_EP_INTERFACE"] == "of the host"
+    assert os.environ["EFA_EP_LIBFABRIC"] == "of the driver"

@@ -18,9 +18,11 @@ from vllm_efa_ep.bootstrap.coordinator import digest_of
 from vllm_efa_ep.bootstrap.inventory import Inventory, take_inventory
 from vllm_efa_ep.bootstrap.ray import START_S, RayBootstrap, namespace
 from vllm_efa_ep.bootstrap.run import Run, is_member
+from vllm_efa_ep.config import SETTINGS
 from vllm_efa_ep.errors import ConfigurationError, EfaEpError, MembershipError
 
 _SETTING_PREFIXES = ("EFA_EP_", "FI_")
+_OF_ONE_HOST = frozenset(setting.variable for setting in SETTINGS if setting.of_one_host)
 _INVENTORY_SECONDS = 60.0
 _KEEP_RESULT_S = 3600.0
 _Result = TypeVar("_Result")
@@ -131,7 +133,8 @@ def run_on_ray(
         start_timeout_s: How long ranks wait for each other before they begin.
         timeout_s: How long all ranks together may take once they have begun; None: the function has deadlines
             of its own.
-        environment: Variables of the ranks, besides this process's settings of ours and of libfabric.
+        environment: Variables of the ranks, besides this process's settings of ours and of libfabric. Those
+            that name something of one host count where Ray was started without them.
         compare_hosts: Refuse to run on hosts whose versions or settings differ.
 
     Raises:
@@ -185,6 +188,7 @@ class RayRanks:
 
         """
         settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTING_PREFIXES)}
+        of_hosts = {name: settings.pop(name) for name in _OF_ONE_HOST & settings.keys()}
         actors: list[Any] = [
             ray.remote(_Rank)
             .options(
@@ -197,7 +201,7 @@ class RayRanks:
                 scheduling_strategy=NodeAffinitySchedulingStrategy(host.node_id, soft=False),
                 runtime_env={"env_vars": {**settings, **(environment or {})}},
             )
-            .remote(digest_of(run.token))
+            .remote(digest_of(run.token), of_hosts)
             for rank, host in enumerate(_places(world_size, gpus_per_rank))
         ]
         ranks = cls(run, actors)
@@ -268,7 +272,9 @@ class RayRanks:
 class _Rank:
     """One rank's process: works in a thread, and hands the result to members of the run."""
 
-    def __init__(self, token_digest: bytes) -> None:
+    def __init__(self, token_digest: bytes, settings_of_hosts: Mapping[str, str]) -> None:
+        for name, value in settings_of_hosts.items():
+            os.environ.setdefault(name, value)
         self._token_digest = token_digest
         self._outcome: Future[Any] = Future()
 
