@@ -1,22 +1,15 @@
-// Small worlds for tests that take rounds apart, half by half.
-#pragma once
+#include "small_world.h"
 
 #include <gtest/gtest.h>
 
 #include <exception>
 #include <thread>
-#include <vector>
 
 #include "test_environment.h"
-#include "world.h"
 
 namespace efa_ep {
 
-inline constexpr uint32_t kTopK = 2;
-inline constexpr uint32_t kMaxTokens = 4;
-
-/// One expert per rank, and no proxy threads.
-inline WorldConfig small_config(uint32_t nodes, uint32_t ranks_per_node) {
+WorldConfig small_config(uint32_t nodes, uint32_t ranks_per_node) {
   WorldConfig config;
   config.layout.topology = {nodes * ranks_per_node, ranks_per_node};
   config.layout.row = {.top_k = kTopK, .payload_bytes = 16, .scale_bytes = 0, .combine_bytes = 16};
@@ -28,9 +21,8 @@ inline WorldConfig small_config(uint32_t nodes, uint32_t ranks_per_node) {
   return config;
 }
 
-/// Runs one half on all the given ranks at the same time.
-inline void run_half(World& world, Half half, const std::vector<uint32_t>& ranks,
-                     const std::vector<RankRound>& round) {
+void run_half(World& world, Half half, const std::vector<uint32_t>& ranks,
+              const std::vector<RankRound>& round) {
   std::vector<std::thread> threads;
   for (const uint32_t rank : ranks) {
     threads.emplace_back([&, rank] {
@@ -44,11 +36,11 @@ inline void run_half(World& world, Half half, const std::vector<uint32_t>& ranks
   for (std::thread& thread : threads) thread.join();
 }
 
-inline void run_round(World& world, const std::vector<uint32_t>& ranks, const std::vector<RankRound>& round) {
+void run_round(World& world, const std::vector<uint32_t>& ranks, const std::vector<RankRound>& round) {
   for (uint32_t half = 0; half < 4; ++half) run_half(world, static_cast<Half>(half), ranks, round);
 }
 
-inline std::vector<uint32_t> all_ranks(const WorldConfig& config) {
+std::vector<uint32_t> all_ranks(const WorldConfig& config) {
   std::vector<uint32_t> ranks;
   for (uint32_t rank = 0; rank < config.world(); ++rank) ranks.push_back(rank);
   return ranks;

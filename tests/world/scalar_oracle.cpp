@@ -1,28 +1,13 @@
-// What row sums must be, one number at a time, from the formats' definitions and without bit tricks.
-#pragma once
+#include "scalar_oracle.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <limits>
-#include <utility>
-#include <vector>
-
-#include "cpu/row_math.h"
 
 namespace efa_ep::oracle {
 
-/// A binary interchange format: sign, exponent, fraction.
-struct Format {
-  int exponent_bits;
-  int fraction_bits;
-
-  int bias() const { return (1 << (exponent_bits - 1)) - 1; }
-  int smallest_exponent() const { return 1 - bias(); }
-  uint32_t exponent_mask() const { return (1u << exponent_bits) - 1; }
-};
-
-inline Format format_of(ScalarType type) {
+Format format_of(ScalarType type) {
   switch (type) {
     case ScalarType::kBfloat16:
       return {8, 7};
@@ -33,8 +18,7 @@ inline Format format_of(ScalarType type) {
   }
 }
 
-/// The number that `bits` stand for. Every number of the three formats is a float.
-inline float decode(ScalarType type, uint32_t bits) {
+float decode(ScalarType type, uint32_t bits) {
   const Format format = format_of(type);
   const uint32_t fraction = bits & ((1u << format.fraction_bits) - 1);
   const uint32_t exponent = bits >> format.fraction_bits & format.exponent_mask();
@@ -52,8 +36,7 @@ inline float decode(ScalarType type, uint32_t bits) {
   return static_cast<float>(negative ? -value : value);
 }
 
-/// The nearest number of the format, ties to the even fraction, as bits.
-inline uint32_t encode(ScalarType type, float value) {
+uint32_t encode(ScalarType type, float value) {
   const Format format = format_of(type);
   const uint32_t sign = std::signbit(value) ? 1u << (format.exponent_bits + format.fraction_bits) : 0;
   const uint32_t infinity = format.exponent_mask() << format.fraction_bits;
@@ -68,13 +51,7 @@ inline uint32_t encode(ScalarType type, float value) {
   return sign | static_cast<uint32_t>(std::min<uint64_t>(field + static_cast<uint64_t>(units), infinity));
 }
 
-using Row = std::vector<float>;
-using Terms = std::vector<std::pair<Row, float>>;  // rows and their weights
-
-/// sum_rows() by its definition: products and sums rounded to float32 one by one, in the order of the terms,
-/// and the total rounded once to `type`. long double holds every float product and sum closely enough that
-/// the second rounding changes nothing.
-inline Row sum(ScalarType type, const Terms& terms, size_t elements) {
+Row sum(ScalarType type, const Terms& terms, size_t elements) {
   Row result(elements, 0.0f);
   if (terms.size() == 1 && terms[0].second == 1.0f) return terms[0].first;
   for (size_t i = 0; i < elements && !terms.empty(); ++i) {
@@ -90,13 +67,13 @@ inline Row sum(ScalarType type, const Terms& terms, size_t elements) {
   return result;
 }
 
-inline uint32_t load_bits(ScalarType type, const std::byte* from) {
+uint32_t load_bits(ScalarType type, const std::byte* from) {
   uint32_t bits = 0;
   std::memcpy(&bits, from, scalar_bytes(type));  // little-endian, like the formats in memory here
   return bits;
 }
 
-inline void store(ScalarType type, const Row& row, std::byte* to) {
+void store(ScalarType type, const Row& row, std::byte* to) {
   for (size_t i = 0; i < row.size(); ++i) {
     const uint32_t bits = encode(type, row[i]);
     std::memcpy(to + i * scalar_bytes(type), &bits, scalar_bytes(type));
