@@ -30,11 +30,20 @@ std::byte* map_shared(int descriptor, size_t bytes) {
   return address == MAP_FAILED ? nullptr : static_cast<std::byte*>(address);
 }
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // glibc has it from 2.35
+#endif
+
+// Whether all pages are there. Containers have limits on huge pages that count when a page is touched, not
+// when it is mapped, and one too many would kill the process.
+bool touch_pages(std::byte* data, size_t bytes) {
+  return madvise(data, bytes, MADV_POPULATE_WRITE) == 0 || errno == EINVAL;  // as Linux before 5.14 says
+}
+
 }  // namespace
 
 Arena Arena::create(size_t bytes) {
   const size_t size = allocated_bytes(bytes);
-  // Huge pages are reserved at mmap time, so a machine without enough of them says so here and not later.
   for (const bool huge : {true, false}) {
     const int descriptor = memfd_create(
         "efa_ep_arena", MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge ? MFD_HUGETLB | MFD_HUGE_2MB : 0u));
@@ -46,6 +55,10 @@ Arena Arena::create(size_t bytes) {
     const bool sized =
         ftruncate(descriptor, static_cast<off_t>(size)) == 0 && fcntl(descriptor, F_ADD_SEALS, kSeals) == 0;
     std::byte* data = sized ? map_shared(descriptor, size) : nullptr;
+    if (data != nullptr && huge && !touch_pages(data, size)) {
+      munmap(data, size);
+      data = nullptr;
+    }
     if (data != nullptr) {
       if (!huge) madvise(data, size, MADV_HUGEPAGE);
       return Arena(data, size, descriptor, huge);
