@@ -146,13 +146,13 @@ void bind_fabric(nb::module_& m) {
       .def(
           "register_memory",
           [](Fabric& fabric, const Arena& arena) { fabric.register_memory(arena.data(), arena.bytes()); },
-          "arena"_a, nb::keep_alive<1, 2>())
+          "arena"_a, nb::keep_alive<1, 2>(), ReleaseLock())
       .def(
           "register_device_memory",
           [](Fabric& fabric, uintptr_t address, size_t bytes, int dmabuf, int device) {
             fabric.register_device_memory({pointer<std::byte>(address), bytes, dmabuf, device});
           },
-          "address"_a, "bytes"_a, "dmabuf"_a, "device"_a,
+          "address"_a, "bytes"_a, "dmabuf"_a, "device"_a, ReleaseLock(),
           "The memory outlives the fabric. `dmabuf` is used during the call only; -1: none.")
       .def("address",
            [](const Fabric& fabric) {
@@ -184,7 +184,7 @@ void bind_fabric(nb::module_& m) {
           },
           nb::kw_only(), "provider"_a, "library"_a, "interface"_a, "nics"_a, "rank_on_host"_a,
           "ranks_on_host"_a, "fence"_a, "peers"_a, "rdma_devices"_a = std::vector<std::string>{},
-          "device_memory"_a = false);
+          "device_memory"_a = false, ReleaseLock());
 }
 
 void bind_signals(nb::module_& m) {
