@@ -126,6 +126,32 @@ def test_instances_of_one_layout_are_added_up(tmp_path: Path) -> None:
     assert samples["efa_ep_rounds_total", other] == ROUNDS
 
 
+def test_stages_of_a_pipeline_are_added_up(tmp_path: Path) -> None:
+    """Each stage has a rank 7 of its own, in another process: neither may overwrite the other's file."""
+    (stats, *_) = run_rounds(tmp_path / "world")
+    instances: list[Any] = [SimpleNamespace(config=SimpleNamespace(layout="per_token"), stats=lambda: stats)]
+    for stage in range(3):
+        SnapshotWriter(str(tmp_path), 7, lambda: instances, stage).close()
+    assert len(list(tmp_path.glob("rank*.json"))) == 3
+    labels = frozenset({("rank", "7"), ("layout", "per_token")})
+    samples = scrape(tmp_path, tmp_path)
+    assert samples["efa_ep_rounds_total", labels] == 3 * ROUNDS
+    assert samples["efa_ep_half_seconds_count", labels | {("half", "combine_recv")}] == 3 * ROUNDS
+
+
+def test_a_file_that_is_none_of_ours_costs_no_scrape(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """/metrics goes on without it: vLLM's own metrics are on the same page."""
+    run_rounds(tmp_path)
+    before = scrape(tmp_path, tmp_path)
+    (tmp_path / "rank9.json").write_text("{")
+    (tmp_path / "rank8.json").symlink_to(tmp_path / "gone")
+    assert scrape(tmp_path, tmp_path) == before
+    warnings = [each.message for each in caplog.records if each.name == "vllm_efa_ep.metrics.collector"]
+    assert all(any(f"rank{rank}.json" in warning for warning in warnings) for rank in (8, 9))
+
+
 def test_a_failed_rank_keeps_its_last_counters(tmp_path: Path) -> None:
     """An instance that has failed cannot count any more; its file stays readable."""
     run_rounds(tmp_path)

@@ -1,8 +1,9 @@
 """The Prometheus collector: at each scrape, reads the ranks' snapshots and the NICs' counters."""
 
 import json
+import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm_efa_ep.metrics.registry import NIC_LABELS, NIC_METRICS, RANK_LABELS, R
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 Snapshot = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 class RankCollector(Collector):
@@ -30,8 +32,7 @@ class RankCollector(Collector):
 
     def collect(self) -> Iterator[Family]:
         """Return all samples; called at each scrape."""
-        snapshots = [json.loads(path.read_text()) for path in sorted(self._directory.glob("rank*.json"))]
-        instances = [merged for snapshot in snapshots for merged in _by_layout(snapshot)]
+        instances = _by_labels(self._snapshots())
         for metric in RANK_METRICS:
             family = _family(metric)
             for instance in instances:
@@ -42,6 +43,13 @@ class RankCollector(Collector):
             nics[reading.metric].add_metric([reading.device, reading.port], reading.value)
         yield from nics.values()
 
+    def _snapshots(self) -> Iterator[Snapshot]:
+        for path in sorted(self._directory.glob("rank*.json")):
+            try:
+                yield json.loads(path.read_text())
+            except (OSError, ValueError) as error:  # gone since, or somebody else's: the others count
+                logger.warning("EFA EP: /metrics goes without %s: %s", path, error)
+
 
 def _family(metric: Metric) -> Family:
     labels = (*(NIC_LABELS if metric in NIC_METRICS else RANK_LABELS), *metric.labels)
@@ -50,24 +58,31 @@ def _family(metric: Metric) -> Family:
     return family
 
 
-def _by_layout(snapshot: Snapshot) -> Iterator[Snapshot]:
-    """Add up the instances of a rank that have the same layout, so that no two samples have equal labels."""
-    groups: dict[str, list[Snapshot]] = defaultdict(list)
-    for instance in snapshot["all_to_alls"]:
-        groups[instance["layout"]].append(instance)
-    for layout, group in groups.items():
-        waited_for = _sum([each["waited_for_seconds"] for each in group])
-        longest = max(waited_for, default=0)
-        yield {
-            **_sum(group),
-            **{name: group[0][name] for name in ("generation", "live_ranks")},
-            "rank": snapshot["rank"],
-            "layout": layout,
-            "bounds": [*snapshot["duration_bounds"], float("inf")],
-            "slowest_peer": waited_for.index(longest) if longest > 0 else -1,
-            "slowest_peer_wait_seconds": longest,
-            "info": [group[0][name] for name in ("provider", "fabric", "library", "nodes", "world_size")],
-        }
+def _by_labels(snapshots: Iterable[Snapshot]) -> list[Snapshot]:
+    """Add up what has the same rank and layout, so that no two samples have equal labels.
+
+    That are instances of one rank, and the ranks of a pipeline's stages, each of which counts from 0.
+    """
+    groups: dict[tuple[int, str], list[Snapshot]] = defaultdict(list)
+    for snapshot in snapshots:
+        for instance in snapshot["all_to_alls"]:
+            bounds = [*snapshot["duration_bounds"], float("inf")]
+            groups[snapshot["rank"], instance["layout"]].append({**instance, "bounds": bounds})
+    return [_merged(rank, layout, group) for (rank, layout), group in groups.items()]
+
+
+def _merged(rank: int, layout: str, group: list[Snapshot]) -> Snapshot:
+    waited_for = _sum([each["waited_for_seconds"] for each in group])
+    longest = max(waited_for, default=0)
+    return {
+        **_sum(group),
+        **{name: group[0][name] for name in ("generation", "live_ranks", "bounds")},
+        "rank": rank,
+        "layout": layout,
+        "slowest_peer": waited_for.index(longest) if longest > 0 else -1,
+        "slowest_peer_wait_seconds": longest,
+        "info": [group[0][name] for name in ("provider", "fabric", "library", "nodes", "world_size")],
+    }
 
 
 def _sum(values: list[Any]) -> Any:

@@ -31,13 +31,18 @@ class Counting(Protocol):
 class SnapshotWriter:
     """Writes ``rank<r>.json`` four times a second, from a thread of its own, and once at the end.
 
+    Ranks count from 0 in each stage of a pipeline; from the second one on it is ``rank<r>.stage<s>.json``.
+
     No half ever writes it: reading the counters takes microseconds, and a file may take milliseconds. A file
     that cannot be written is logged once and tried again each time.
     """
 
-    def __init__(self, directory: str, rank: int, instances: Callable[[], Sequence[Counting]]) -> None:
+    def __init__(
+        self, directory: str, rank: int, instances: Callable[[], Sequence[Counting]], stage: int = 0
+    ) -> None:
         """Take the directory (empty: write nothing) and what returns the instances to report."""
-        self._path = Path(directory) / f"rank{rank}.json" if directory else None
+        name = f"rank{rank}.stage{stage}.json" if stage else f"rank{rank}.json"
+        self._path = Path(directory) / name if directory else None
         self._rank = rank
         self._instances = instances
         self._stop = threading.Event()

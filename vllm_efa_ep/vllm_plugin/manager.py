@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
+from vllm.distributed.parallel_state import get_pp_group, model_parallel_is_initialized
 from vllm.platforms import current_platform
 
 from vllm_efa_ep.all_to_all import AllToAll, AllToAllConfig
@@ -36,7 +37,7 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
         self._settings = Settings.from_environment()
         self._all_to_alls: dict[AllToAllConfig, AllToAll] = {}
         self._snapshots = SnapshotWriter(
-            self._settings.stats_dir, self.rank, lambda: list(self._all_to_alls.values())
+            self._settings.stats_dir, self.rank, lambda: list(self._all_to_alls.values()), _pipeline_stage()
         )
 
     def get_handle(self, kwargs: dict[str, Any]) -> AllToAll:
@@ -121,3 +122,8 @@ class EfaEpAll2AllManager(All2AllManagerBase):  # type: ignore[misc]
             all_to_all.config.layout,
             all_to_all.memory_plan().total / 2**20,
         )
+
+
+def _pipeline_stage() -> int:
+    """Return this rank's; each stage has an EP group of its own, which counts its ranks from 0."""
+    return int(get_pp_group().rank_in_group) if model_parallel_is_initialized() else 0
