@@ -12,7 +12,14 @@ import vllm.utils.flashinfer
 from cutedsl_experts import experts_of_nvfp4_dispatch, nvfp4_kernel, scale_at, seen_by_experts
 from reference_moe import Layer, assert_close
 from routed_tokens import LOCAL_EXPERTS, receives_nothing, some_tokens
-from standard_experts import Fp4Experts, SelfQuantizingExperts, StandardExperts, UnreducedExperts, swizzled
+from standard_experts import (
+    Fp4Experts,
+    Mxfp8Experts,
+    SelfQuantizingExperts,
+    StandardExperts,
+    UnreducedExperts,
+    swizzled,
+)
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.experts.fused_batched_moe import NaiveBatchedExperts
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
@@ -201,14 +208,18 @@ def with_a_scale_per_rank(layer: Layer, rank: int, seed: int) -> torch.Tensor:
 
 
 def mxfp8(vllm_rank: VllmRank) -> None:
-    """Its scales travel as bytes, too."""
+    """Its scales travel as bytes, too, and take the experts' order on arrival."""
     layer = Layer.random(EXPERTS, 10)
-    quant_config = FusedMoEQuantConfig.make("mxfp8", block_shape=[1, 32])
-    kernel = vllm_rank.build(HIGH_THROUGHPUT, StandardExperts, layer, quant_config=quant_config)
-    assert wire(vllm_rank) == (FP8, 256, 2, "none")
-    tokens = some_tokens(vllm_rank.rank, 1)
-    assert_close(kernel(tokens), reference_moe.output(layer, tokens, reference_moe.through_mxfp8))
-    vllm_rank.manager.close()
+    for is_scale_swizzled in (False, True):
+        quant_config = FusedMoEQuantConfig.make(
+            "mxfp8", block_shape=[1, 32], is_scale_swizzled=is_scale_swizzled
+        )
+        kernel = vllm_rank.build(HIGH_THROUGHPUT, Mxfp8Experts, layer, quant_config=quant_config)
+        assert wire(vllm_rank) == (FP8, 256, 2, "none")
+        tokens = some_tokens(vllm_rank.rank, 1)
+        assert_close(kernel(tokens), reference_moe.output(layer, tokens, reference_moe.through_mxfp8))
+        receives_nothing(kernel, vllm_rank.rank, layer, reference_moe.through_mxfp8)
+        vllm_rank.manager.close()
 
 
 def fp4(vllm_rank: VllmRank) -> None:

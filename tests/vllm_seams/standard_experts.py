@@ -115,6 +115,18 @@ class Fp4Experts(StandardExperts):
         return values[codes] * scale.repeat_interleave(16, dim=1)
 
 
+class Mxfp8Experts(StandardExperts):
+    """Takes e4m3 with ue8m0 scales of 32 values each, plain or in Blackwell's tiles of 128 x 4."""
+
+    def dequantized(self, rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        """Return rows as float32."""
+        assert rows.dtype == torch.float8_e4m3fn
+        assert scales is not None
+        if self.quant_config.is_scale_swizzled:
+            scales = unswizzled(scales, rows.shape[0], rows.shape[1] // 32)
+        return super().dequantized(rows, scales)
+
+
 def swizzled(scales: torch.Tensor) -> torch.Tensor:
     """Return uint8 scales ``[m, n]`` in tiles of 128 x 4, padded, as flashinfer's kernel does."""
     rows, columns = scales.shape

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
+from vllm.model_executor.layers.quantization.utils.mxfp8_utils import MXFP8_BLOCK_SIZE, swizzle_mxfp8_scale
 from vllm.platforms import current_platform
 from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
 
@@ -118,11 +119,14 @@ class WireFormat:
         if quant_config.quant_dtype == "nvfp4" and words.ndim == 3:
             return _in_tiles(words)
         scales = words.view(self.scale_dtype)
-        if quant_config.quant_dtype == "nvfp4" and quant_config.is_scale_swizzled and scales.numel():
-            from vllm.utils.flashinfer import nvfp4_block_scale_interleave
+        if self.scale_dtype.itemsize > 1 or not quant_config.is_scale_swizzled or not scales.numel():
+            return scales
+        if quant_config.quant_dtype == "mxfp8":
+            rows, columns = scales.shape
+            return swizzle_mxfp8_scale(scales, rows, columns * MXFP8_BLOCK_SIZE)  # type: ignore[no-any-return]
+        from vllm.utils.flashinfer import nvfp4_block_scale_interleave
 
-            return nvfp4_block_scale_interleave(scales.view(torch.uint8))  # type: ignore[no-any-return]
-        return scales
+        return nvfp4_block_scale_interleave(scales.view(torch.uint8))  # type: ignore[no-any-return]
 
 
 def _in_tiles(words: torch.Tensor) -> torch.Tensor:
