@@ -53,6 +53,10 @@ class HighThroughputPrepareFinalize(EfaEpPrepareFinalize):
     ) -> PrepareResult:
         rows = dispatched.x
         if quantize and rows.numel() and quant_config.quant_dtype is not None:
+            ids = dispatched.topk_ids
+            if ids is not None and wire_format.has_one_scale_for_all_rows(quant_config):
+                # In a captured graph there is room for all rows; what did not come is whatever memory holds.
+                rows.masked_fill_((ids < 0).all(1, keepdim=True), 0)
             rows, scales = wire_format.quantize(rows, quant_config, quant_config.is_scale_swizzled)
         ids, weights = dispatched.topk_ids, dispatched.topk_weights
         if current_platform.is_cpu() and ids is not None and weights is not None:
