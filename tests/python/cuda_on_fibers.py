@@ -132,6 +132,7 @@ def fake_cuda(
     for name in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv") if eager else ():
         synchronised(name)
     halves.current_stream = streams.current
+    halves.require_current = lambda ordinal: None  # noqa: ARG005
     halves.is_capturing = streams.is_capturing
     rank_memory.current_ordinal = lambda: 0
     rank_memory.current_device = lambda: torch.device("cpu")

@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm_efa_ep import _core
 from vllm_efa_ep.cuda.driver import call
-from vllm_efa_ep.cuda.streams import current_stream, is_capturing
+from vllm_efa_ep.cuda.streams import current_stream, is_capturing, require_current
 from vllm_efa_ep.errors import ConfigurationError
 
 _NO_EXPERT = 0xFFFFFFFF  # -1
@@ -18,9 +18,10 @@ class CudaHalves:
     rows that did not come the expert ids -1.
     """
 
-    def __init__(self, core: _core.CudaDevice, layout: _core.Layout, per_expert: bool) -> None:
-        """Take over a device with its workspace in place."""
+    def __init__(self, core: _core.CudaDevice, layout: _core.Layout, per_expert: bool, ordinal: int) -> None:
+        """Take over a device with its workspace in place on a GPU."""
         self._core = core
+        self._ordinal = ordinal
         self._capacity = layout.result_rows
         self._top_k = layout.top_k
         self._per_expert = per_expert
@@ -38,7 +39,7 @@ class CudaHalves:
         token_count: int,
     ) -> None:
         """Launch the start of a round."""
-        stream = current_stream()
+        stream = self._stream()
         self._core.dispatch_send(
             channel, stream, x, x_stride, scales, ids, ids_are_64_bit, weights, tokens, token_count
         )
@@ -49,7 +50,7 @@ class CudaHalves:
         """Launch the receipt; ``room`` is for all rows there can be."""
         if room < self._capacity:
             raise ConfigurationError(f"kernels need room for {self._capacity} rows, not {room}")
-        stream = current_stream()
+        stream = self._stream()
         fixed_shape = self._per_expert or is_capturing()
         if fixed_shape and ids:
             slots = self._capacity * self._top_k
@@ -73,11 +74,15 @@ class CudaHalves:
 
     def combine_send(self, channel: int, rows: int, per_slot: bool, weights_applied: bool) -> None:
         """Launch the sending of results."""
-        self._core.combine_send(channel, current_stream(), rows, per_slot, weights_applied)
+        self._core.combine_send(channel, self._stream(), rows, per_slot, weights_applied)
 
     def combine_recv(self, channel: int, out: int) -> None:
         """Launch the receipt of the own tokens' results."""
-        self._core.combine_recv(channel, current_stream(), out)
+        self._core.combine_recv(channel, self._stream(), out)
+
+    def _stream(self) -> int:
+        require_current(self._ordinal)
+        return current_stream()
 
     def counters(self) -> dict[str, Any]:
         """Return what the kernels have counted, in replayed graphs, too; asks the GPU nothing."""

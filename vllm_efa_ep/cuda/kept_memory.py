@@ -20,12 +20,28 @@ class KeptMemory:
 
     def __init__(self) -> None:
         """Allocate nothing yet."""
+        self._ordinal: int | None = None
         self._host: PinnedMemory | None = None
         self._workspace: DeviceMemory | None = None
         self._addresses: AddressRange | None = None
         self._arena: weakref.ref[DeviceArena] | None = None
         self._cleanup = ExitStack()
         self._release = weakref.finalize(self, self._cleanup.close)
+
+    def stay_on(self, ordinal: int) -> None:
+        """Remember the GPU of the first generation.
+
+        Raises:
+            ConfigurationError: This is another one.
+
+        """
+        if self._ordinal is None:
+            self._ordinal = ordinal
+        if ordinal != self._ordinal:
+            raise ConfigurationError(
+                f"this rank's memory is on GPU {self._ordinal}, but the calling thread's current GPU is "
+                f"{ordinal}; build the next world inside `with torch.cuda.device({self._ordinal}):`"
+            )
 
     def host(self, size: int) -> PinnedMemory:
         """Return pinned memory, all zeros: the same one at each call."""

@@ -56,7 +56,9 @@ class DeviceMemory:
 
     def write(self, image: bytes) -> None:
         """Copy ``image`` to the start; it is there when this returns."""
-        call("writing to GPU memory", "cuMemcpyHtoD", self.address, image, len(image))
+        purpose = "writing to GPU memory"
+        call(purpose, "cuMemcpyHtoD", self.address, image, len(image))
+        call(purpose, "cuCtxSynchronize")  # CUDA may return once it has read pageable memory
 
     def close(self) -> None:
         """Free it."""

@@ -61,6 +61,7 @@ class GpuMemory:
             CudaError: The driver refuses.
 
         """
+        self._kept.stay_on(self._ordinal)
         self._gpu = open_gpu(self._ordinal)
         return self._kept.arena(self._gpu, size, self._settings.gpu_handles == "fabric")
 
@@ -128,7 +129,7 @@ class GpuMemory:
     def make_halves(self, arguments: dict[str, Any], check_wait: CheckWait) -> Halves:
         """Return the halves as kernels; ``arguments`` are those of ``_core.CpuDevice``."""
         self._core = self._make_device(arguments, check_wait)
-        return CudaHalves(self._core, arguments["layout"], arguments["per_expert"])
+        return CudaHalves(self._core, arguments["layout"], arguments["per_expert"], self._ordinal)
 
     def make_stand_in(self, arguments: dict[str, Any], server: "GpuMemory") -> GpuStandIn:
         """Return what serves a lost rank's position; ``server`` is the memory of the rank that does."""
