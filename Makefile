@@ -98,7 +98,7 @@ test: lint test-cpp
 	@$(MAKE) --no-print-directory test-sanitizers test-simt test-fuzz test-cuda-build
 
 test-long: export LONG_TESTS := 1
-test-long: PYTEST_MARKERS :=
+test-long: export PYTEST_MARKERS :=
 test-long: test
 	@$(MAKE) --no-print-directory test-schedules
 
